@@ -1,0 +1,177 @@
+"""Files written atomically, digests, and the lock on a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+
+from unfed.base.errors import ArtifactError
+from unfed.base.types import AdapterState
+
+LOCK_NAME = ".unfed.lock"
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling; on success sync it and rename it over ``path``, else remove it.
+
+    Raises ``ArtifactError`` when the directory is full or may not be written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(fd)
+    except OSError as e:
+        raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
+    part = Path(name)
+    try:
+        yield part
+        _sync(part)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+        _sync(path.parent)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise ArtifactError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling directory; on success it takes the place of ``path``."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as e:
+        raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        os.chmod(part, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
+        _sync(path.parent)
+    except OSError as e:
+        raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON, atomically."""
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; ``ArtifactError`` names the file when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ArtifactError(f"cannot read {path}: {e}") from e
+
+
+def write_tensors(path: Path | str, state: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically."""
+    with atomic_path(path) as part:
+        save_file({n: t.contiguous() for n, t in state.items()}, part, metadata={"format": "pt", **(metadata or {})})
+
+
+def read_tensors(path: Path | str) -> AdapterState:
+    """Read a safetensors file; ``ArtifactError`` when it is missing, truncated or altered."""
+    try:
+        return AdapterState(load_file(path))
+    except (OSError, safetensors.SafetensorError, ValueError) as e:
+        raise ArtifactError(f"cannot read {path}: {e}") from e
+
+
+def digest_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes as ``sha256:<hex>``."""
+    with open(path, "rb") as f:
+        return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON as ``sha256:<hex>``."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Hold a run directory; a second live run in it is refused with the owner and its age.
+
+    The lock of a process that no longer lives on this host is taken over.
+    """
+    lock = directory / LOCK_NAME
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+    while True:
+        try:
+            fd = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            break
+        except FileExistsError:
+            _take_over_or_refuse(lock, owner)
+        except OSError as e:
+            raise ArtifactError(f"cannot write to {directory}: {e.strerror or e}") from e
+    with os.fdopen(fd, "w", encoding="utf-8") as f:
+        json.dump(owner, f)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _take_over_or_refuse(lock: Path, owner: Mapping[str, Any]) -> None:
+    try:
+        held = json.loads(lock.read_text(encoding="utf-8"))
+        pid, host, since = int(held["pid"]), str(held["host"]), float(held["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # Written a moment ago by a process that has not filled it in, or left torn by a crash.
+        if lock.exists() and time.time() - lock.stat().st_mtime < 2:
+            time.sleep(0.1)
+            return
+        lock.unlink(missing_ok=True)
+        return
+    if host == owner["host"] and (pid == owner["pid"] or not _alive(pid)):
+        lock.unlink(missing_ok=True)
+        return
+    age = int(time.time() - since)
+    raise ArtifactError(
+        f"{lock.parent} is in use by process {pid} on {host} for {age} s. "
+        f"Wait for it, choose another task_name, or delete {lock.name} there if that process is gone."
+    )

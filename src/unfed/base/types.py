@@ -1,0 +1,171 @@
+"""The types that every floor speaks: adapters, batches, updates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (the convention of torch and transformers)."""
+
+Split = Literal["train", "forget", "retain", "alternate"]
+"""What a batch is for. ``train`` is plain (or recovery) training; ``alternate`` pairs each forget
+question with another answer (a refusal, say)."""
+
+
+class AdapterState(Mapping[str, Tensor]):
+    """Trainable tensors by PEFT name (without the adapter's own name), in sorted order.
+
+    Every tensor is detached and on the CPU, and nobody changes one in place: whoever wants other
+    values makes another ``AdapterState``. In full-parameter mode the names are the model's own.
+    """
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.requires_grad or tensor.device.type != "cpu":
+                raise ValueError(f"{name}: an AdapterState holds detached CPU tensors")
+        self._tensors = MappingProxyType({n: tensors[n] for n in sorted(tensors)})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"AdapterState({len(self)} tensors, {self.numel} values, {self.nbytes} bytes)"
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return sum(t.numel() for t in self.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes in its own dtypes: what travels, uncompressed."""
+        return sum(t.numel() * t.element_size() for t in self.values())
+
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes, as ``sha256:<hex>``."""
+        h = hashlib.sha256()
+        for name, tensor in self.items():
+            h.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
+            h.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return "sha256:" + h.hexdigest()
+
+    def problems_against(self, like: AdapterState) -> list[str]:
+        """What keeps this state from being averaged with ``like``: names, shapes, NaN or infinity."""
+        found = [f"missing {n}" for n in like if n not in self]
+        found += [f"unknown {n}" for n in self if n not in like]
+        for name in self:
+            if name in like and self[name].shape != like[name].shape:
+                found.append(f"{name} has shape {tuple(self[name].shape)}, not {tuple(like[name].shape)}")
+            elif not bool(torch.isfinite(self[name]).all()):
+                found.append(f"{name} has values that are not finite")
+        return found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One padded batch of token ids.
+
+    ``input_ids``, ``attention_mask`` and ``labels`` have shape ``(B, T)`` (int64); a label of
+    ``IGNORE_INDEX`` carries no loss. ``labels[b, t]`` is the token *at* ``t`` (the shift happens in the
+    forward pass, as in transformers). ``example_ids`` has length ``B``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    example_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.example_ids
+        )
+
+    @property
+    def num_label_tokens(self) -> Tensor:
+        """Labelled tokens that have a prediction, shape ``(B,)``: the first position has none."""
+        return (self.labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A micro-batch's contribution to the loss of one optimizer step.
+
+    ``total`` is differentiable; over the micro-batches of a step the totals *add up* to the step's loss
+    (each is already divided by the step's own token or example counts). ``parts`` are detached scalars
+    for the log (``forget``, ``retain``, ``proximal``), and add up in the same way.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client returns for one round: its adapter (not a difference), and how much it trained on."""
+
+    client_id: str
+    adapter: AdapterState
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """A client that returned nothing usable this round, and why, in words."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The clients' updates of one round, averaged.
+
+    ``aggregation_error`` is the relative Frobenius distance between the averaged effective update and the
+    product of the averaged factors (``None`` without LoRA factors); ``error_is_estimate`` says that it was
+    sketched rather than computed. ``base_residual`` is for rules that also change the base model.
+    """
+
+    adapter: AdapterState
+    num_examples: int
+    client_ids: tuple[str, ...]
+    aggregation_error: float | None = None
+    error_is_estimate: bool = False
+    base_residual: AdapterState | None = None
+
+
+OptState = Mapping[str, AdapterState]
+"""A server optimizer's state: its slots (``m``, ``v``) by name; empty for plain averaging."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that a resumed run needs after ``round`` finished rounds (counted over the whole schedule)."""
+
+    round: int
+    adapter: AdapterState
+    opt_state: OptState = field(default_factory=dict)
+    base_residual: AdapterState | None = None
+
+
+Example = Mapping[str, Any]
+"""One data row: ``id``, ``question``, ``answer``, and what else its file holds."""

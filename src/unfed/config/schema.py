@@ -1,0 +1,247 @@
+"""The whole of what goes into a run, as frozen dataclasses. Nothing below ``config`` sees a DictConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(extra="forbid")
+
+AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
+METHODS = ("GradAscent", "GradDiff", "NPO", "SimNPO")
+FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
+
+
+@dataclass(frozen=True)
+class LoraArgs:
+    """PEFT's ``LoraConfig``, by PEFT's names. ``target_modules``: a list, one name, or ``all-linear``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    r: int = 16
+    lora_alpha: int = 32
+    target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_dropout: float = 0.1
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """How the model is opened. A path may be a full model, an adapter directory, or a GGUF file."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    pretrained_model_name_or_path: str
+    attn_implementation: str | None = None
+    torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    use_lora: bool = False
+    lora_config: LoraArgs | None = None
+    lora_model_path: str | None = None
+    base_model_name_or_path: str | None = None  # where the base of an adapter directory lies now
+    gguf_file: str | None = None
+    revision: str | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerArgs:
+    """``None`` takes the tokenizer that lies with the model (or with its adapter)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    pretrained_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class TemplateArgs:
+    """How a question and an answer become text. Tags are used when ``apply_chat_template`` is false."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    apply_chat_template: bool = True
+    system_prompt: str | None = None
+    system_prompt_with_special_tokens: str | None = None
+    user_start_tag: str = ""
+    user_end_tag: str = ""
+    asst_start_tag: str = ""
+    asst_end_tag: str = ""
+    date_string: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    model_args: ModelArgs
+    tokenizer_args: TokenizerArgs = TokenizerArgs()
+    template_args: TemplateArgs = TemplateArgs()
+
+
+@dataclass(frozen=True)
+class MethodArgs:
+    """``trainer.method_args``: the shape of a federated run.
+
+    ``target_client_idx``: an index, or ``all`` for every client that owns forget rows. ``unlearn_trainer_cls``
+    and ``aggregation_strategy`` name the method and the aggregator as ``method=`` and ``aggregator=`` do.
+    Local epochs of one round are ``trainer.args.num_train_epochs``; ``unlearn_epochs`` are the target's own.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    num_clients: int | None = None  # None: as partition.json says, else 3
+    target_client_idx: int | Literal["all"] = 0
+    unlearn_trainer_cls: str | None = None
+    aggregation_strategy: str | None = None
+    global_rounds: int = 2
+    unlearn_epochs: float | None = None  # None: num_train_epochs
+    schedule: Literal["local_then_recover", "interleaved"] = "local_then_recover"
+    fraction_fit: float = 1.0
+    min_clients: int = 1
+    lr_schedule: Literal["phase", "round"] = "phase"
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """``handler`` is FederatedFinetune, FederatedUnlearningTrainer, finetune, or a method's name
+    (centralised unlearning). ``args`` are transformers' ``TrainingArguments`` plus ``warmup_epochs``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    handler: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    method_args: MethodArgs = MethodArgs()
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """An unlearning method by name, and its hyperparameters (checked against the objective's own fields)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    """A server rule by name, and its hyperparameters (checked against the rule's own fields)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: Literal["inprocess"] = "inprocess"
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """``target``: the target client owns every forget row and the rest is dealt by ``rest``.
+    ``alpha``: concentration of the Dirichlet schemes. ``by_author`` keeps a person's rows together."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    scheme: Literal["target", "iid", "author", "dirichlet", "quantity"] = "target"
+    rest: Literal["iid", "author", "dirichlet", "quantity"] = "iid"
+    alpha: float = 0.5
+    manifest: str | None = None  # a partition.json to use instead
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """A question-answer data set: a hub name, or ``<paths.data_dir>/<folder>/<name>.json`` when that exists.
+
+    ``path`` = ``locuslab/TOFU`` looks in the folder ``tofu`` (last part, lower case); ``fictional`` is the
+    built-in generator. ``limit`` keeps the first rows; ``authors`` keeps the first blocks of 20.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    path: str
+    name: str
+    split: str = "train"
+    question_key: str = "question"
+    answer_key: str = "answer"
+    max_length: int = 512
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Fine-tuning reads ``train`` (and ``forget``, to know which rows the target client will own);
+    unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    train: DatasetConfig | None = None
+    forget: DatasetConfig | None = None
+    retain: DatasetConfig | None = None
+    idk: str | None = None
+
+
+@dataclass(frozen=True)
+class CollatorConfig:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: Literal["DataCollatorForSupervisedDataset"] = "DataCollatorForSupervisedDataset"
+    padding_side: Literal["right", "left"] = "right"
+    pad_to_multiple_of: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    max_new_tokens: int = 200
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """An evaluation suite. ``metrics``: names of ``TOFU_SUMMARY.json``; ``limit`` keeps the first rows of
+    each split. ``max_tokens`` is the token budget of a batch; ``batch_size`` bounds its rows."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    suite: Literal["tofu"] = "tofu"
+    enabled: bool = True
+    path: str = "locuslab/TOFU"
+    forget_split: str = "forget10"
+    holdout_split: str = "holdout10"
+    retain_logs_path: str | None = None
+    metrics: tuple[str, ...] = ()
+    batch_size: int = 32
+    max_tokens: int = 4096
+    max_length: int = 512
+    limit: int | None = None
+    parity: Literal["openunlearning"] | None = None
+    generation: GenerationConfig = GenerationConfig()
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    root_dir: str
+    data_dir: str | None
+    output_dir: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: ``mode`` is finetune, unlearn or eval; ``output_dir`` is ``saves/<mode>/<task_name>``."""
+
+    mode: Literal["finetune", "unlearn", "eval"]
+    task_name: str
+    model: ModelConfig
+    paths: PathsConfig
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    trainer: TrainerConfig | None = None
+    method: MethodConfig | None = None
+    aggregator: AggregatorConfig | None = None
+    engine: EngineConfig = EngineConfig()
+    partition: PartitionConfig = PartitionConfig()
+    data: DataConfig = DataConfig()
+    collator: CollatorConfig = CollatorConfig()
+    eval: EvalConfig | None = None
