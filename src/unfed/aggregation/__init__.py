@@ -1,1 +1,1 @@
-"""aggregation."""
+"""Server rules: how the clients' adapters become the next global adapter."""

@@ -8,55 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from unfed.models.spec import LoraArgs, ModelArgs, TokenizerArgs
+
 STRICT = ConfigDict(extra="forbid")
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = ("GradAscent", "GradDiff", "NPO", "SimNPO")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
-
-
-@dataclass(frozen=True)
-class LoraArgs:
-    """PEFT's ``LoraConfig``, by PEFT's names. ``target_modules``: a list, one name, or ``all-linear``."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    r: int = 16
-    lora_alpha: int = 32
-    target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    lora_dropout: float = 0.1
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    modules_to_save: tuple[str, ...] | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, int] = field(default_factory=dict)
-    layers_to_transform: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class ModelArgs:
-    """How the model is opened. A path may be a full model, an adapter directory, or a GGUF file."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    pretrained_model_name_or_path: str
-    attn_implementation: str | None = None
-    torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    use_lora: bool = False
-    lora_config: LoraArgs | None = None
-    lora_model_path: str | None = None
-    base_model_name_or_path: str | None = None  # where the base of an adapter directory lies now
-    gguf_file: str | None = None
-    revision: str | None = None
-    device_map: str | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class TokenizerArgs:
-    """``None`` takes the tokenizer that lies with the model (or with its adapter)."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    pretrained_model_name_or_path: str | None = None
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

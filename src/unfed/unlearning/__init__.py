@@ -1,1 +1,1 @@
-"""unlearning."""
+"""Federated unlearning recipes: each turns (who owns what, which objective) into a Schedule."""

@@ -1,0 +1,234 @@
+"""Objects of a run, composed from its configuration: rows, partition, objectives, schedule, clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unfed.aggregation.base import Aggregator
+from unfed.aggregation.registry import build_aggregator
+from unfed.base.errors import ConfigError, DataError, UnfedError
+from unfed.base.types import Example, Split
+from unfed.config.schema import DatasetConfig, RunConfig
+from unfed.data.chat import EncodedExample, Template, encode_rows
+from unfed.data.datasets import DatasetSpec, load_rows
+from unfed.data.partition import Partition, PartitionSpec, make_partition
+from unfed.data.refusals import alternate_answers, load_refusals
+from unfed.federated.client import ClientData
+from unfed.federated.schedule import Participation, Schedule
+from unfed.models.adapter import lora_scaling
+from unfed.models.load import LoadedModel
+from unfed.objectives.base import Objective
+from unfed.objectives.nll import NLL
+from unfed.objectives.proximal import Proximal
+from unfed.objectives.registry import build_objective
+from unfed.training.args import LoopArgs
+from unfed.training.batches import Collation
+from unfed.unlearning.recipes import RECIPES, Ingredients, finetune
+
+DEFAULT_CLIENTS = 3
+PARTITION_FILE = "partition.json"
+FEDERATED = ("FederatedFinetune", "FederatedUnlearningTrainer")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run. Fine-tuning has ``train`` (and ``forget``, to know who is to own it); unlearning has
+    ``forget`` and ``retain``."""
+
+    train: tuple[Example, ...] = ()
+    forget: tuple[Example, ...] = ()
+    retain: tuple[Example, ...] = ()
+
+    def every(self) -> list[Example]:
+        """All rows that a partition deals, each once."""
+        seen: dict[str, Example] = {e["id"]: e for e in (*self.train, *self.retain)}
+        if not self.train:
+            seen = {**{e["id"]: e for e in self.forget}, **seen}
+        return list(seen.values())
+
+
+def is_federated(config: RunConfig) -> bool:
+    """Whether the trainer has clients (the others train one client that owns every row)."""
+    return config.trainer is not None and config.trainer.handler in FEDERATED
+
+
+def read_rows(config: RunConfig) -> Rows:
+    """Load the data of a fine-tuning or unlearning run; ``DataError`` names file, key or set."""
+    data_dir = config.paths.data_dir
+    if config.mode == "finetune":
+        if config.data.train is None:
+            raise ConfigError(["data.train: fine-tuning needs a training set (experiment=finetune/tofu/default sets one)"])
+        forget = _load(config.data.forget, data_dir) if config.partition.scheme == "target" else ()
+        return Rows(train=_load(config.data.train, data_dir), forget=forget)
+    rows = Rows(forget=_load(config.data.forget, data_dir), retain=_load(config.data.retain, data_dir))
+    if not rows.forget:
+        raise ConfigError(["data.forget: unlearning needs a forget set (experiment=unlearn/tofu/default sets one)"])
+    both = {e["id"] for e in rows.forget} & {e["id"] for e in rows.retain}
+    if both:
+        raise DataError(
+            f"{len(both)} rows are both in the forget set and in the retain set: forget_split and retain_split must go "
+            "together (forget01 with retain99, forget05 with retain95, forget10 with retain90)"
+        )
+    return rows
+
+
+def _load(config: DatasetConfig | None, data_dir: str | None) -> tuple[Example, ...]:
+    if config is None:
+        return ()
+    return tuple(load_rows(DatasetSpec(**asdict(config)), data_dir))
+
+
+def find_manifest(config: RunConfig) -> Path | None:
+    """The partition manifest this run must follow: the one it names, or that beside its adapter."""
+    if config.partition.manifest is not None:
+        return Path(config.partition.manifest)
+    args = config.model.model_args
+    for place in (args.lora_model_path, args.pretrained_model_name_or_path):
+        if place is not None and (Path(place) / PARTITION_FILE).is_file():
+            return Path(place) / PARTITION_FILE
+    return None
+
+
+def settle_partition(config: RunConfig, rows: Rows) -> tuple[Partition, str]:
+    """Who owns what, and a sentence on where that comes from.
+
+    Raises ``UnfedError`` when the manifest and ``num_clients`` disagree, or rows belong to nobody.
+    """
+    assert config.trainer is not None
+    asked = config.trainer.method_args.num_clients
+    everything = rows.every()
+    if not is_federated(config):
+        return make_partition(everything, 1, PartitionSpec("iid"), seed=config.seed), "one client owns every row"
+    manifest = find_manifest(config)
+    if manifest is not None:
+        partition = Partition.read(manifest)
+        if asked is not None and asked != len(partition.clients):
+            raise UnfedError(
+                f"trainer.method_args.num_clients={asked}, but {manifest} deals the rows to {len(partition.clients)} "
+                "clients: leave num_clients out, or fine-tune again with that many"
+            )
+        partition.owners(e["id"] for e in everything)
+        return partition, f"as in {manifest}"
+    target = config.trainer.method_args.target_client_idx
+    spec = PartitionSpec(
+        scheme=config.partition.scheme,
+        rest=config.partition.rest,
+        alpha=config.partition.alpha,
+        target_client_idx=0 if target == "all" else target,
+    )
+    forget = {e["id"] for e in rows.forget} & {e["id"] for e in everything}
+    if spec.scheme == "target" and not forget:
+        spec = PartitionSpec(scheme=spec.rest, alpha=spec.alpha)
+    made = make_partition(everything, asked or DEFAULT_CLIENTS, spec, forget, config.seed)
+    return made, f"made here: {spec.scheme}, {len(made.clients)} clients"
+
+
+def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str]) -> list[str]:
+    """The clients that unlearn. ``UnfedError`` when the target client does not own the whole forget set."""
+    assert config.trainer is not None
+    owners = partition.owners(forget_ids)
+    wanted = config.trainer.method_args.target_client_idx
+    if wanted == "all" or not is_federated(config):
+        return list(owners)
+    names = partition.client_ids
+    if not 0 <= wanted < len(names):
+        raise UnfedError(
+            f"trainer.method_args.target_client_idx={wanted}: the run has {len(names)} clients (0 to {len(names) - 1})"
+        )
+    target = names[wanted]
+    others = {c: len(ids) for c, ids in owners.items() if c != target}
+    if others:
+        held = ", ".join(f"{c} {n}" for c, n in others.items())
+        raise UnfedError(
+            f"trainer.method_args.target_client_idx={wanted}: {target} owns {len(owners.get(target, ()))} of the "
+            f"{len(forget_ids)} forget rows, others the rest ({held}). Use trainer.method_args.target_client_idx=all to "
+            "let every owner unlearn its rows, or fine-tune with partition=target and this forget_split"
+        )
+    return [target]
+
+
+def encode_clients(config: RunConfig, loaded: LoadedModel, rows: Rows, partition: Partition) -> dict[str, ClientData]:
+    """Tokenise every row once and hand each client its own."""
+    template = Template(**asdict(config.model.template_args))
+    length = {s: getattr(config.data, s).max_length for s in ("train", "forget", "retain") if getattr(config.data, s)}
+
+    def encode(split: str, examples: Sequence[Example]) -> dict[str, EncodedExample]:
+        found = encode_rows(loaded.tokenizer, template, examples, length.get(split)) if examples else []
+        return {e.example_id: e for e in found}
+
+    train = encode("train", rows.train)
+    # Fine-tuning trains on ``train`` alone; ``forget`` marks the rows whose loss is recorded for unlearning.
+    marked = {e["id"]: train[e["id"]] for e in rows.forget if e["id"] in train}
+    by_split: dict[Split, dict[str, EncodedExample]] = {"train": train, "forget": marked}
+    if config.mode == "unlearn":
+        alternates = alternate_answers(rows.forget, config.seed, load_refusals(config.data.idk))
+        retain = encode("retain", rows.retain)
+        # Recovery is plain training on the retain rows, so the retain rows are its ``train`` split.
+        by_split = {
+            "train": retain,
+            "retain": retain,
+            "forget": encode("forget", rows.forget),
+            "alternate": encode("forget", alternates),
+        }
+    return {
+        client: ClientData(client, {s: [found[i] for i in ids if i in found] for s, found in by_split.items()})
+        for client, ids in partition.clients.items()
+    }
+
+
+def server_rule(config: RunConfig, loaded: LoadedModel) -> Aggregator:
+    """The aggregation rule, told the adapter's scaling."""
+    if config.aggregator is None:
+        return build_aggregator("FedAvg", {})
+    scaling = lora_scaling(loaded.model)
+    return build_aggregator(
+        config.aggregator.name, config.aggregator.params, lora_scaling=scaling or 1.0, probe_seed=config.seed
+    )
+
+
+def build_schedule(
+    config: RunConfig, args: LoopArgs, clients: Mapping[str, ClientData], targets: Sequence[str], rule: Aggregator
+) -> Schedule:
+    """The order of work. FedProx's proximal term goes around every client's objective."""
+    assert config.trainer is not None
+    given = config.trainer.method_args
+    owners = [c for c, d in clients.items() if d.splits["train"]]
+    if config.mode == "finetune":
+        rounds = given.global_rounds if is_federated(config) else 1
+        return finetune(owners, _proximal(NLL(), rule), args.num_train_epochs, rounds)
+    method = config.method or _missing_method()
+    ingredients = Ingredients(
+        targets=targets,
+        retainers=owners,
+        forget=_proximal(build_objective(method.name, method.params), rule),
+        retain=_proximal(NLL(), rule),
+        unlearn_epochs=given.unlearn_epochs if given.unlearn_epochs is not None else args.num_train_epochs,
+        local_epochs=args.num_train_epochs,
+        global_rounds=given.global_rounds if is_federated(config) else 0,
+    )
+    return RECIPES[given.schedule](ingredients)
+
+
+def _missing_method() -> Any:
+    raise ConfigError(["method: unlearning needs one (method=NPO, method=GradDiff, ...)"])
+
+
+def _proximal(objective: Objective, rule: Aggregator) -> Objective:
+    return Proximal(objective, rule.client_proximal_mu) if rule.client_proximal_mu > 0 else objective
+
+
+def participation(config: RunConfig) -> Participation:
+    """Who takes part in each round."""
+    assert config.trainer is not None
+    given = config.trainer.method_args
+    return Participation(given.fraction_fit, given.min_clients) if is_federated(config) else Participation()
+
+
+def collation(config: RunConfig, loaded: LoadedModel) -> Collation:
+    """How rows become padded batches."""
+    pad = loaded.tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    return Collation(pad, config.collator.padding_side, config.collator.pad_to_multiple_of)

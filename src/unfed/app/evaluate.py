@@ -1,0 +1,69 @@
+"""Evaluate an open model as the configuration says, and write the result files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from unfed.app.progress import console, say
+from unfed.base.errors import DataError
+from unfed.base.types import Example
+from unfed.config.schema import EvalConfig, RunConfig
+from unfed.data.chat import Template
+from unfed.data.datasets import DatasetSpec, data_digest, load_rows
+from unfed.evaluation.retain_logs import load_retain_logs
+from unfed.evaluation.runner import EvalResult, evaluate, write_results
+from unfed.evaluation.suites import SuiteConfig, tofu_datasets
+from unfed.models.adapter import snapshot
+from unfed.models.generate import Budget, Decoding
+from unfed.models.load import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+def evaluation_rows(config: EvalConfig, data_dir: str | None) -> dict[str, list[Example]]:
+    """The rows of every split of the suite. A split that cannot be had is left out, and said."""
+    found: dict[str, list[Example]] = {}
+    for split, name in tofu_datasets(config.forget_split, config.holdout_split).items():
+        spec = DatasetSpec(path=config.path, name=name, limit=config.limit)
+        try:
+            found[split] = load_rows(spec, data_dir)
+        except DataError as e:
+            if split == "forget":
+                raise
+            say(f"evaluation: no {split} split: {e}")
+    return found
+
+
+def suite_of(config: EvalConfig) -> SuiteConfig:
+    """The evaluation floor's own description of what to do."""
+    g = config.generation
+    return SuiteConfig(
+        metrics=config.metrics,
+        datasets=tofu_datasets(config.forget_split, config.holdout_split),
+        budget=Budget(config.max_tokens, config.batch_size),
+        decoding=Decoding(
+            max_new_tokens=g.max_new_tokens, do_sample=g.do_sample, temperature=g.temperature, top_p=g.top_p
+        ),
+        max_length=config.max_length,
+        parity=config.parity,
+    )
+
+
+def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> EvalResult:
+    """Score ``loaded`` and write TOFU_EVAL.json and TOFU_SUMMARY.json into ``directory``."""
+    assert config.eval is not None
+    logs = load_retain_logs(config.eval.retain_logs_path) if config.eval.retain_logs_path else None
+    rows = evaluation_rows(config.eval, config.paths.data_dir)
+    template = Template(**asdict(config.model.template_args))
+    with console.status("evaluating") as status:
+
+        def progress(what: str, done: int, total: int) -> None:
+            status.update(f"evaluating {what}: {done}/{total}")
+
+        result = evaluate(loaded.model, loaded.tokenizer, template, suite_of(config.eval), rows, logs, progress)
+    digests = {"adapter": snapshot(loaded.model).digest(), "base": loaded.fingerprint}
+    digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
+    write_results(result, directory, digests)
+    return result

@@ -1,0 +1,129 @@
+"""``unfed plan``: what a run will train, send and need, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from unfed.app import build
+from unfed.config.schema import RunConfig
+from unfed.models.adapter import live_tensors, trainable_parameters
+from unfed.models.load import DTYPES, parameter_shapes, resolve_source
+from unfed.models.spec import LoraArgs
+from unfed.training.args import LoopArgs, loop_args
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts and bytes. ``memory`` splits the estimate of one process's peak into its parts."""
+
+    base_parameters: int
+    trainable_parameters: int
+    adapter_bytes: int
+    clients: int
+    rounds: int
+    bytes_per_round: int
+    memory: dict[str, float]
+
+    @property
+    def peak_bytes(self) -> float:
+        """Sum of the parts."""
+        return sum(self.memory.values())
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What to print: (label, value)."""
+        share = self.trainable_parameters / max(1, self.base_parameters)
+        rows = [
+            ("base parameters", f"{self.base_parameters:,}"),
+            ("trainable parameters", f"{self.trainable_parameters:,} ({share:.2%})"),
+            ("adapter", f"{self.adapter_bytes / MB:.2f} MB"),
+            ("clients x rounds", f"{self.clients} x {self.rounds}"),
+            ("sent in a round, both ways", f"{self.bytes_per_round / MB:.2f} MB"),
+            ("sent in the run", f"{self.bytes_per_round * self.rounds / MB:.2f} MB"),
+        ]
+        rows += [(f"memory: {name}", f"{value / MB:,.0f} MB") for name, value in self.memory.items()]
+        return [*rows, ("memory: estimate of the peak", f"{self.peak_bytes / MB:,.0f} MB")]
+
+
+def plan(config: RunConfig) -> Plan:
+    """Work out the plan from the model's shapes (no weights are read) and the configuration.
+
+    The memory estimate counts weights, adapter, gradients, AdamW's two moments, the reference adapter where a method
+    needs one, and activations at the configured ``max_length``; measured peaks lie below it when rows are shorter.
+    """
+    args = loop_args(config.trainer.args) if config.trainer else LoopArgs()
+    model_args = config.model.model_args
+    source = resolve_source(model_args, config.model.tokenizer_args)
+    base = parameter_shapes(model_args, source)
+    total = sum(p.numel() for p in base.parameters())
+    assert isinstance(base, PreTrainedModel)
+    dtype = DTYPES.get(model_args.torch_dtype, torch.float32)
+    activations = _activation_bytes(base, config, args, dtype)
+    if model_args.use_lora:
+        base = _with_adapter(base, model_args.lora_config or LoraArgs(), source.adapter)
+    trained = sum(p.numel() for p in trainable_parameters(base).values())
+    adapter_width = 4 if model_args.use_lora else dtype.itemsize
+    adapter = sum(t.numel() for t in live_tensors(base).values()) * adapter_width
+    clients, rounds = _extent(config)
+    memory = {
+        "base weights": float(total * dtype.itemsize),
+        "adapter, gradients, AdamW": float(trained * (adapter_width * 2 + 8)),
+        "reference adapter": float(adapter) if _needs_reference(config) else 0.0,
+        "server: mean, update, checkpoint": float(3 * adapter),
+        "activations and logits": activations,
+    }
+    return Plan(total, trained, adapter, clients, rounds, 2 * adapter * clients, memory)
+
+
+def _with_adapter(base: PreTrainedModel, lora: LoraArgs, adapter: str | None) -> nn.Module:
+    if adapter is not None:
+        shape = LoraConfig.from_pretrained(adapter)
+        shape.inference_mode = False
+    else:
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        shape = LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=targets, bias=lora.bias)
+    with torch.device("meta"):
+        return get_peft_model(base, shape)
+
+
+def _activation_bytes(base: PreTrainedModel, config: RunConfig, args: LoopArgs, dtype: torch.dtype) -> float:
+    shape = base.config.get_text_config()
+    lengths = [d.max_length for d in (config.data.train, config.data.forget, config.data.retain) if d is not None]
+    tokens = args.per_device_train_batch_size * max(lengths, default=512)
+    hidden, layers = int(shape.hidden_size), int(shape.num_hidden_layers)
+    inner = int(getattr(shape, "intermediate_size", 4 * hidden))
+    # Kept for the backward pass of one block: about ten tensors of the hidden width and four of the inner one. With
+    # checkpointing only the block's input is kept, and one block is alive at a time.
+    block = tokens * (10 * hidden + 4 * inner) * dtype.itemsize
+    kept = layers * tokens * hidden * dtype.itemsize + block if args.gradient_checkpointing else layers * block
+    logits = tokens / 2 * int(shape.vocab_size) * (dtype.itemsize * 2 + 4)
+    return float(kept + logits)
+
+
+def _needs_reference(config: RunConfig) -> bool:
+    if config.mode != "unlearn" or config.method is None:
+        return False
+    needs = build.build_objective(config.method.name, config.method.params).needs
+    return needs.reference or needs.reference_distribution
+
+
+def _extent(config: RunConfig) -> tuple[int, int]:
+    if config.trainer is None:
+        return 1, 0
+    given = config.trainer.method_args
+    if not build.is_federated(config):
+        return 1, 1
+    clients = given.num_clients
+    manifest = build.find_manifest(config)
+    if clients is None and manifest is not None:
+        clients = len(build.Partition.read(manifest).clients)
+    rounds = given.global_rounds + (1 if config.mode == "unlearn" and given.schedule == "local_then_recover" else 0)
+    return clients or build.DEFAULT_CLIENTS, rounds
+
+

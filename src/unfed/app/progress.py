@@ -1,0 +1,103 @@
+"""Progress of long work: rounds, clients, loss and time left on a terminal; a line a round elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from unfed.base.types import ServerState
+from unfed.federated.checkpoint import RoundRecord
+from unfed.federated.rounds import RoundListener
+from unfed.federated.schedule import FitTask, Schedule
+from unfed.training.loop import StepEvent
+
+console = Console(stderr=True, soft_wrap=True)
+Track = Callable[[Mapping[str, float], int], None]
+
+
+def say(message: str) -> None:
+    """One line for the user."""
+    console.print(message, highlight=False, markup=False)
+
+
+def show_schedule(schedule: Schedule) -> None:
+    """Print the schedule as a table."""
+    table = Table(title="Schedule", title_justify="left", show_edge=False)
+    for column in ("phase", "rounds", "clients", "objective", "epochs a round"):
+        table.add_column(column)
+    for row in schedule.table():
+        table.add_row(*row)
+    console.print(table)
+
+
+class Reporter(RoundListener):
+    """Shows rounds and steps, and hands the curves to a tracker."""
+
+    def __init__(self, schedule: Schedule, done: int, track: Track | None = None) -> None:
+        self._total, self._track = schedule.num_rounds, track
+        self._bar: Progress | None = None
+        self._began = time.monotonic()
+        self._first, self._steps = done, 0
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[loss]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._rounds = self._bar.add_task("rounds", total=self._total, completed=done, loss="")
+            self._client = self._bar.add_task("", total=None, loss="", visible=False)
+            self._bar.start()
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def stepped(self, task: FitTask, client_id: str, event: StepEvent) -> None:
+        """A client's optimizer steps."""
+        self._steps += 1
+        if self._track is not None:
+            self._track({f"{task.phase.name}/{client_id}/loss": event.loss, "lr": event.lr}, self._steps)
+        if self._bar is not None:
+            label = f"{task.phase.name} round {task.phase_round + 1}/{task.phase.rounds} {client_id}"
+            self._bar.update(
+                self._client,
+                description=label,
+                completed=event.step,
+                total=event.total,
+                loss=f"loss {event.loss:.3f}",
+                visible=True,
+            )
+
+    def round_ended(self, record: RoundRecord, state: ServerState) -> None:
+        """One line: what the round did and what it cost."""
+        loss = "" if record.loss is None else f"loss {record.loss:.4f}"
+        error = "" if record.aggregation_error is None else f", aggregation error {record.aggregation_error:.2%}"
+        left = (time.monotonic() - self._began) / (state.round - self._first) * (self._total - state.round)
+        parts = [
+            f"round {state.round}/{self._total} {record.phase}: {len(record.clients)} clients, {loss}{error}, "
+            f"{record.bytes_up / 1e6:.2f} MB up, {record.seconds:.1f} s",
+            f", about {left:.0f} s left" if self._total > state.round else "",
+        ]
+        say("".join(parts))
+        for client, reason in record.failures.items():
+            say(f"  {client} is left out of this round: {reason}")
+        if self._bar is not None:
+            self._bar.update(self._rounds, completed=state.round, loss=loss)
+            self._bar.update(self._client, visible=False)
+        if self._track is not None:
+            values = {
+                "round/loss": record.loss,
+                "round/aggregation_error": record.aggregation_error,
+                "round/bytes_up": float(record.bytes_up),
+                "round/seconds": record.seconds,
+            }
+            self._track({k: v for k, v in values.items() if v is not None}, state.round)

@@ -1,0 +1,151 @@
+"""The run directory: its lock, ``run.json``, and what happens when one is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unfed.base.artifacts import read_json, run_lock, write_json
+from unfed.base.errors import ArtifactError, UnfedError
+from unfed.config.schema import RunConfig
+
+RUN_FILE = "run.json"
+PACKAGES = ("unfed", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "safetensors", "numpy")
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as JSON-ready data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def training_identity(config: RunConfig) -> dict[str, Any]:
+    """What two runs must share for one to resume the other: all but where to, how to report, and evaluation."""
+    identity = plain(config)
+    for key in ("resume", "overwrite", "eval", "paths", "task_name"):
+        identity.pop(key)
+    identity["engine"].pop("keep_checkpoints")
+    for key in ("report_to", "run_name", "logging_steps", "dataloader_num_workers"):
+        (identity.get("trainer") or {}).get("args", {}).pop(key, None)
+    return identity
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the machine and the packages that decide a result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()}"
+    return found
+
+
+class RunDir:
+    """An open run directory."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.paths.output_dir)
+        self._record: dict[str, Any] = {
+            "task_name": config.task_name,
+            "mode": config.mode,
+            "status": "running",
+            "command": sys.argv[:],
+            "started": _now(),
+            "seed": config.seed,
+            "config": plain(config),
+            "versions": versions(),
+        }
+
+    def note(self, **entries: Any) -> None:
+        """Add to ``run.json`` and write it."""
+        self._record.update({k: plain(v) for k, v in entries.items()})
+        write_json(self.path / RUN_FILE, self._record)
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What ``run.json`` holds."""
+        return self._record
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig) -> Iterator[RunDir]:
+    """Lock the directory, deal with an earlier run in it, and record how this one ends.
+
+    A finished run that is there already is set aside under ``<name>.1``, ``<name>.2``, ...: nothing is lost. One that
+    was cut short is not touched unless ``resume=true`` (go on) or ``overwrite=true`` (set it aside) says what to do.
+    """
+    path = Path(config.paths.output_dir)
+    _not_its_own_input(config, path)
+    aside = None if config.resume else _set_aside(path, overwrite=config.overwrite)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ArtifactError(f"cannot make the output directory {path}: {e.strerror or e}") from e
+    with run_lock(path):
+        run = RunDir(config)
+        run.note(**({"set_aside": str(aside)} if aside else {}))
+        try:
+            yield run
+        except BaseException as e:
+            with contextlib.suppress(UnfedError):
+                run.note(status="failed", ended=_now(), error=f"{type(e).__name__}: {e}")
+            raise
+        run.note(status="finished", ended=_now())
+
+
+def _not_its_own_input(config: RunConfig, path: Path) -> None:
+    args = config.model.model_args
+    for key in ("pretrained_model_name_or_path", "lora_model_path"):
+        source = getattr(args, key)
+        if source is not None and config.mode != "eval" and Path(source).resolve() == path.resolve():
+            raise UnfedError(f"model.model_args.{key}={source} is also the output directory: choose another task_name")
+
+
+def _set_aside(path: Path, *, overwrite: bool) -> Path | None:
+    status = run_status(path)
+    if status is None:
+        return None
+    with run_lock(path):
+        pass  # refuses while another process works there
+    if status != "finished" and not overwrite and any((path / "checkpoints").glob("round_*")):
+        raise UnfedError(
+            f"{path} holds a run that was cut short: resume=true goes on from its last round, overwrite=true sets it "
+            "aside and starts afresh"
+        )
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    try:
+        path.rename(aside)
+    except OSError as e:
+        raise ArtifactError(f"cannot set {path} aside: {e.strerror or e}") from e
+    return aside
+
+
+def run_status(path: Path) -> str | None:
+    """``finished``, ``running``, ``failed``, or ``None`` when no run was ever recorded there."""
+    file = path / RUN_FILE
+    if not file.is_file():
+        return None
+    try:
+        return str(read_json(file).get("status", "running"))
+    except (ArtifactError, AttributeError):
+        return "failed"

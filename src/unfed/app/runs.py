@@ -1,0 +1,249 @@
+"""The runs: fine-tuning, unlearning, evaluation. Each builds its objects, opens the directory, and goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unfed.app import build
+from unfed.app.evaluate import evaluate_model
+from unfed.app.progress import Reporter, say, show_schedule
+from unfed.app.rundir import RunDir, open_run, training_identity
+from unfed.app.tracking import tracking
+from unfed.base.artifacts import read_json, write_json
+from unfed.base.errors import ArtifactError, UnfedError
+from unfed.base.types import ServerState
+from unfed.config.schema import RunConfig
+from unfed.evaluation.runner import EvalResult
+from unfed.federated.checkpoint import Checkpoints, RoundRecord
+from unfed.federated.client import Client, ClientData
+from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
+from unfed.federated.schedule import Schedule
+from unfed.federated.transport import InProcess
+from unfed.models.adapter import restore, save_adapter, snapshot
+from unfed.models.load import LoadedModel, load_model
+from unfed.training import advice
+from unfed.training.args import LoopArgs, loop_args
+from unfed.training.loop import Local, mean_nll
+
+log = logging.getLogger(__name__)
+ORIGIN_FILE = "unfed.json"
+PROBE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came out of a run. ``summary`` is TOFU_SUMMARY.json's content (empty without evaluation)."""
+
+    directory: Path
+    records: tuple[RoundRecord, ...]
+    summary: Mapping[str, float]
+    evaluation: EvalResult | None = None
+
+
+def run(config: RunConfig) -> RunResult:
+    """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend."""
+    try:
+        return evaluate_only(config) if config.mode == "eval" else train(config)
+    except torch.OutOfMemoryError as e:
+        raise UnfedError(advice.out_of_memory(_memory_settings(config), str(e))) from e
+
+
+def _memory_settings(config: RunConfig) -> dict[str, Any]:
+    args = loop_args(config.trainer.args) if config.trainer else LoopArgs()
+    lora = config.model.model_args.lora_config
+    lengths = [d.max_length for d in (config.data.train, config.data.forget, config.data.retain) if d is not None]
+    return {
+        "batch": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "checkpointing": args.gradient_checkpointing,
+        "max_length": max(lengths, default="?"),
+        "r": lora.r if lora else "-",
+        "modules": len(lora.target_modules) if lora and not isinstance(lora.target_modules, str) else "-",
+        "dtype": config.model.model_args.torch_dtype,
+    }
+
+
+def evaluate_only(config: RunConfig) -> RunResult:
+    """Open the model, score it, write the result files."""
+    with open_run(config) as directory:
+        loaded = _open(config, trainable=False)
+        result = evaluate_model(config, loaded, directory.path)
+        directory.note(summary=result.summary())
+        return RunResult(directory.path, (), result.summary(), result)
+
+
+def _open(config: RunConfig, *, trainable: bool) -> LoadedModel:
+    model = config.model
+    loaded = load_model(model.model_args, model.tokenizer_args, trainable=trainable, seed=config.seed)
+    for note in loaded.notes:
+        say(note)
+    _same_base(loaded)
+    return loaded
+
+
+def _origin(loaded: LoadedModel) -> Mapping[str, Any]:
+    """What the run that made this adapter wrote beside it (nothing for an adapter from elsewhere)."""
+    if loaded.adapter_path is None or not (Path(loaded.adapter_path) / ORIGIN_FILE).is_file():
+        return {}
+    found = read_json(Path(loaded.adapter_path) / ORIGIN_FILE)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _same_base(loaded: LoadedModel) -> None:
+    stored = _origin(loaded).get("base_fingerprint")
+    if stored is not None and stored != loaded.fingerprint:
+        raise UnfedError(
+            f"the adapter {loaded.adapter_path} was trained on another base model than {loaded.base} (their weights "
+            "differ): name the right one in model.model_args.base_model_name_or_path"
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training run's objects."""
+
+    loaded: LoadedModel
+    args: LoopArgs
+    local: Local
+    clients: Mapping[str, ClientData]
+    schedule: Schedule
+    probe: Mapping[str, Any]
+    partition_note: str
+
+
+def train(config: RunConfig) -> RunResult:
+    """Fine-tune or unlearn over the schedule, save, evaluate."""
+    assert config.trainer is not None
+    args = loop_args(config.trainer.args)
+    rows = build.read_rows(config)
+    partition, where = build.settle_partition(config, rows)
+    targets = build.targets_of(config, partition, [e["id"] for e in rows.forget]) if config.mode == "unlearn" else []
+    with open_run(config) as directory:
+        loaded = _open(config, trainable=True)
+        clients = build.encode_clients(config, loaded, rows, partition)
+        rule = build.server_rule(config, loaded)
+        schedule = build.build_schedule(config, args, clients, targets, rule)
+        local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
+        if local.optim_note:
+            say(local.optim_note)
+        say(f"partition: {where}")
+        show_schedule(schedule)
+        partition.write(directory.path / build.PARTITION_FILE)
+        start = snapshot(loaded.model)
+        client = Client(local, clients, start, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
+        checkpoints = Checkpoints(directory.path, training_identity(config), config.engine.keep_checkpoints)
+        state, keeper = _resume(config, checkpoints, ServerState(0, start))
+        probe = _probe(local, clients, targets, loaded)
+        directory.note(schedule=schedule.table(), base=loaded.base, base_fingerprint=loaded.fingerprint, **probe)
+        with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
+            reporter = Reporter(schedule, state.round, track)
+            client.on_step, keeper.listener = reporter.stepped, reporter
+            keeper.on_save = lambda _: directory.note(rounds=keeper.records)
+            rounds = RoundsConfig(config.seed, build.participation(config))
+            try:
+                state = run_rounds(schedule, InProcess(client.fit), rule, state, rounds, keeper)
+            finally:
+                reporter.close()
+        warnings = _warnings(schedule, client, keeper.records)
+        _save(config, directory, loaded, local, state, clients)
+        directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
+        result = _evaluate_after(config, loaded, directory)
+        say(f"saved: {directory.path}")
+        summary = result.summary() if result else {}
+        return RunResult(directory.path, tuple(keeper.records), summary, result)
+
+
+def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
+    found = checkpoints.latest() if config.resume else None
+    if found is None:
+        if config.resume:
+            say("resume=true: no round was finished yet, starting with the first")
+        return fresh, RunKeeper(checkpoints=checkpoints)
+    state, records = found
+    say(f"resuming after round {state.round}")
+    return state, RunKeeper(records=records, checkpoints=checkpoints)
+
+
+def _forget_loss(local: Local, clients: Mapping[str, ClientData]) -> float | None:
+    """Mean loss of the first forget rows, in the order of their ids: the same rows whoever asks."""
+    by_id = {e.example_id: e for d in clients.values() for e in d.splits.get("forget", ())}
+    rows = [by_id[i] for i in sorted(by_id)[:PROBE_ROWS]]
+    return mean_nll(local, rows) if rows else None
+
+
+def _probe(
+    local: Local, clients: Mapping[str, ClientData], targets: list[str], loaded: LoadedModel
+) -> dict[str, Any]:
+    """The forget loss at the start of unlearning beside the one that fine-tuning left, so a lost adapter shows."""
+    if not targets:
+        return {}
+    now = _forget_loss(local, clients)
+    stored = _origin(loaded).get("forget_loss")
+    ids = sorted({e.example_id for d in clients.values() for e in d.splits["forget"]})[:PROBE_ROWS]
+    comparable = stored is not None and stored.get("ids") == ids and now is not None
+    agrees = bool(abs(now - stored["value"]) <= 0.1 + 0.1 * abs(stored["value"])) if comparable and now else None
+    if agrees is False:
+        say(
+            f"WARNING: the forget rows have loss {now:.3f} now and had {stored['value']:.3f} after fine-tuning: the adapter, "
+            "its base or the chat template is not the one that was trained"
+        )
+    if now is not None:
+        say(f"forget loss at the start: {now:.4f} nats a token" + (" (as after fine-tuning)" if agrees else ""))
+    return {"forget_loss_at_start": now, "forget_loss_stored": stored, "forget_loss_agrees": agrees}
+
+
+def _warnings(schedule: Schedule, client: Client, records: list[RoundRecord]) -> list[str]:
+    found = []
+    for phase in schedule.phases:
+        curve = client.curves.get(phase.name, [])
+        name = next(iter(phase.work.values())).objective.name
+        broken = [r for r in records if r.phase == phase.name and r.failures]
+        if any(not math.isfinite(x) for x in curve) or any("not finite" in f for r in broken for f in r.failures.values()):
+            found.append(advice.not_finite(phase.name, name))
+        elif phase is schedule.phases[0] and advice.stuck(curve):
+            found.append(advice.did_not_move(phase.name, curve[0], curve[-1]))
+    for sentence in found:
+        say(f"WARNING: {sentence}")
+    return found
+
+
+def _save(
+    config: RunConfig,
+    directory: RunDir,
+    loaded: LoadedModel,
+    local: Local,
+    state: ServerState,
+    clients: Mapping[str, ClientData],
+) -> None:
+    save_adapter(loaded.model, state.adapter, directory.path)
+    try:
+        loaded.tokenizer.save_pretrained(directory.path)
+    except OSError as e:
+        raise ArtifactError(f"cannot write the tokenizer to {directory.path}: {e.strerror or e}") from e
+    origin: dict[str, Any] = {
+        "base": loaded.base,
+        "base_fingerprint": loaded.fingerprint,
+        "adapter": state.adapter.digest(),
+    }
+    rows = {e.example_id: e for d in clients.values() for e in d.splits.get("forget", ())}
+    if rows:
+        restore(loaded.model, state.adapter)
+        ids = sorted(rows)[:PROBE_ROWS]
+        origin["forget_loss"] = {"ids": ids, "value": mean_nll(local, [rows[i] for i in ids])}
+    write_json(directory.path / ORIGIN_FILE, origin)
+
+
+def _evaluate_after(config: RunConfig, loaded: LoadedModel, directory: RunDir) -> EvalResult | None:
+    if config.eval is None or not config.eval.enabled:
+        return None
+    result = evaluate_model(dataclasses.replace(config), loaded, directory.path)
+    directory.note(summary=result.summary())
+    return result

@@ -1,0 +1,100 @@
+"""Hyperparameters as dataclass fields that know their own limits.
+
+``objectives`` and ``aggregation`` declare their hyperparameters with :func:`number` and :func:`choice`;
+the border to the configuration asks :func:`problems` before anything is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from unfed.base.errors import ConfigError, nearest
+
+_KEY = "hyperparameter"
+
+
+@dataclass(frozen=True)
+class NumberRule:
+    """A finite number within open (``above``, ``below``) or closed (``at_least``) limits."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+
+    def complaint(self, value: object) -> str | None:
+        """Why ``value`` is refused, or ``None``."""
+        limits = [
+            f"{words} {limit:g}"
+            for words, limit in (("above", self.above), ("at least", self.at_least), ("below", self.below))
+            if limit is not None
+        ]
+        wanted = " ".join(["must be a number", " and ".join(limits)]).strip()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return f"{wanted}, not {value!r}"
+        inside = (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+        )
+        return None if inside else f"{wanted}, not {value!r}"
+
+
+@dataclass(frozen=True)
+class ChoiceRule:
+    """One of a few values."""
+
+    choices: tuple[str | None, ...]
+
+    def complaint(self, value: object) -> str | None:
+        """Why ``value`` is refused, or ``None``."""
+        if (value is None or isinstance(value, str)) and value in self.choices:
+            return None
+        return f"unknown value {value!r}{nearest(str(value), [str(c) for c in self.choices])}"
+
+
+def number(
+    default: float, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+) -> Any:
+    """A dataclass field for a numeric hyperparameter."""
+    return field(default=default, metadata={_KEY: NumberRule(above, at_least, below)})
+
+
+def choice(default: str | None, choices: tuple[str | None, ...]) -> Any:
+    """A dataclass field for a hyperparameter that is one of a few names."""
+    return field(default=default, metadata={_KEY: ChoiceRule(choices)})
+
+
+def hyperparameters(cls: type) -> dict[str, Any]:
+    """Names of the hyperparameters of a dataclass and their defaults (fields of other kinds are left out)."""
+    return {f.name: f.default for f in fields(cls) if _KEY in f.metadata and f.default is not MISSING}
+
+
+def problems(cls: type, params: Mapping[str, Any], prefix: str) -> list[str]:
+    """Everything wrong with ``params`` as hyperparameters of ``cls``; keys are reported as ``prefix.key``."""
+    rules = {f.name: f.metadata[_KEY] for f in fields(cls) if _KEY in f.metadata}
+    found = []
+    for key, value in params.items():
+        if key not in rules:
+            hint = nearest(key, rules) or "; it has none"
+            found.append(f"{prefix}.{key}: {cls.__name__} has no such hyperparameter{hint}")
+        elif (complaint := rules[key].complaint(value)) is not None:
+            found.append(f"{prefix}.{key}: {complaint}")
+    return found
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Base of a dataclass that refuses hyperparameters out of their limits, however it is made."""
+
+    @property
+    def name(self) -> str:
+        """The published name: that of the class."""
+        return type(self).__name__
+
+    def __post_init__(self) -> None:
+        own = {name: getattr(self, name) for name in hyperparameters(type(self))}
+        if found := problems(type(self), own, type(self).__name__):
+            raise ConfigError(found)

@@ -1,0 +1,99 @@
+"""Padded batches, length-grouped order, and forget/retain pairing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from unfed.base.types import IGNORE_INDEX, Batch
+from unfed.data.chat import EncodedExample
+
+
+def collate(
+    examples: Sequence[EncodedExample],
+    pad_token_id: int,
+    padding_side: Literal["right", "left"] = "right",
+    pad_to_multiple_of: int | None = None,
+) -> Batch:
+    """Pad ``B`` examples to their longest ``T`` (rounded up to ``pad_to_multiple_of``).
+
+    The attention mask is set by length, never by comparing with ``pad_token_id``: with pad = eos that would
+    hide the turn ends inside the conversation.
+    """
+    if not examples:
+        raise ValueError("a batch needs at least one example")
+    width = max(len(e) for e in examples)
+    if pad_to_multiple_of:
+        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = torch.full((len(examples), width), pad_token_id, dtype=torch.long)
+    labels = torch.full((len(examples), width), IGNORE_INDEX, dtype=torch.long)
+    attention_mask = torch.zeros((len(examples), width), dtype=torch.long)
+    for i, example in enumerate(examples):
+        n = len(example)
+        where = slice(0, n) if padding_side == "right" else slice(width - n, width)
+        input_ids[i, where] = torch.tensor(example.input_ids, dtype=torch.long)
+        labels[i, where] = torch.tensor(example.labels, dtype=torch.long)
+        attention_mask[i, where] = 1
+    return Batch(input_ids, attention_mask, labels, tuple(e.example_id for e in examples))
+
+
+def length_grouped_batches(
+    lengths: Sequence[int], batch_size: int, generator: torch.Generator, mega: int = 50
+) -> list[list[int]]:
+    """One epoch's batches of indices: shuffled, sorted by length inside each ``mega * batch_size`` rows.
+
+    Every index comes exactly once; one batch may be short. The order of the batches is shuffled again, so
+    that lengths do not run from long to short. Depends on ``generator`` alone.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    span = batch_size * max(1, mega)
+    batches = []
+    for start in range(0, len(order), span):
+        group = sorted(order[start : start + span], key=lambda i: lengths[i], reverse=True)
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def draw_without_replacement(population: int, count: int, generator: torch.Generator) -> list[int]:
+    """``count`` indices below ``population``: whole shuffles one after the other, the last one cut.
+
+    No index comes twice before every index came once.
+    """
+    if population < 1:
+        raise ValueError("cannot draw from no rows")
+    drawn: list[int] = []
+    while len(drawn) < count:
+        drawn += torch.randperm(population, generator=generator).tolist()
+    return drawn[:count]
+
+
+@dataclass(frozen=True)
+class ForgetRetainPairs:
+    """Batches of forget rows, each with as many retain rows; the forget set drives the epoch.
+
+    Retain rows are drawn uniformly without replacement over the epoch (and shuffled anew when there are fewer
+    of them than forget rows), so every retain row is as likely as any other. Both sides are grouped by length.
+    """
+
+    forget_lengths: tuple[int, ...]
+    retain_lengths: tuple[int, ...]
+    batch_size: int
+    mega: int = 50
+
+    def epoch(self, generator: torch.Generator) -> list[tuple[list[int], list[int]]]:
+        """One epoch of (forget indices, retain indices); the two lists of a pair are equally long."""
+        forget = length_grouped_batches(self.forget_lengths, self.batch_size, generator, self.mega)
+        drawn = draw_without_replacement(len(self.retain_lengths), len(self.forget_lengths), generator)
+        groups = length_grouped_batches(
+            [self.retain_lengths[i] for i in drawn], self.batch_size, generator, self.mega
+        )
+        by_size: dict[int, list[list[int]]] = {}
+        for group in groups:
+            by_size.setdefault(len(group), []).append([drawn[i] for i in group])
+        # Both sides have the same number of rows, hence the same sizes: at most one batch is short.
+        return [(batch, by_size[len(batch)].pop()) for batch in forget]

@@ -1,0 +1,190 @@
+"""Question-answer rows from the built-in generator, a local folder, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unfed.base.artifacts import digest_json
+from unfed.base.errors import DataError, nearest
+from unfed.base.types import Example
+from unfed.data import fictional
+
+FICTIONAL = "fictional"
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Which rows to read; the fields are those of ``data.<split>`` in the configuration.
+
+    ``path`` is ``fictional`` or a hub name, whose last part in lower case names the local folder.
+    ``split`` is the hub's split; local files and the generator have ``train`` alone. ``max_length`` is in
+    tokens and is used by the tokenisation, not here. ``limit`` keeps the first rows.
+    """
+
+    path: str
+    name: str
+    split: str = "train"
+    question_key: str = "question"
+    answer_key: str = "answer"
+    max_length: int = 512
+    limit: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """The local folder's name: ``locuslab/TOFU`` -> ``tofu``."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def load_rows(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[Example]:
+    """Read a data set as examples with ``id``, ``question``, ``answer`` and the file's other columns.
+
+    The order of places: the generator for ``path == 'fictional'``; ``<data_dir>/<folder>/<name>.json``
+    (JSON lines) when that folder exists; else the hub. ``question`` and ``answer`` hold what ``question_key``
+    and ``answer_key`` name. Ids come from :func:`example_ids`.
+
+    Raises ``DataError`` for an unknown name, a broken line (file and line), a missing column, no rows.
+    """
+    _check_limit(spec)
+    file = local_file(spec, data_dir)
+    if spec.path == FICTIONAL:
+        raw: Sequence[Mapping[str, Any]] = fictional.split_rows(spec.name)
+        where = [f"fictional/{spec.name} row {n}" for n in range(1, len(raw) + 1)]
+    elif file is not None:
+        numbered = list(read_json_lines(file, spec.limit))
+        raw = [row for _, row in numbered]
+        where = [f"{file}:{line}" for line, _ in numbered]
+    else:
+        raw = _hub_rows(spec)
+        where = [f"{spec.path}/{spec.name} row {n}" for n in range(1, len(raw) + 1)]
+    if not raw:
+        raise DataError(f"{file or f'{spec.path}/{spec.name}'} has no rows")
+    kept = slice(0, spec.limit)
+    pairs = [_texts(row, place, spec) for row, place in zip(raw[kept], where[kept], strict=True)]
+    ids = example_ids(pairs)
+    return [
+        {**row, "id": i, "question": q, "answer": a} for row, i, (q, a) in zip(raw[kept], ids, pairs, strict=True)
+    ]
+
+
+def preflight(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[str]:
+    """What is wrong with ``spec`` as far as a look at the file's first line tells; empty when nothing is.
+
+    Cheap enough to run before a model loads. Data sets of the hub are not looked at.
+    """
+    try:
+        _check_limit(spec)
+        file = local_file(spec, data_dir)
+        if spec.path == FICTIONAL:
+            _texts(fictional.split_rows(spec.name)[0], f"fictional/{spec.name} row 1", spec)
+        elif file is not None:
+            line, row = next(read_json_lines(file), (0, None))
+            if row is None:
+                return [f"{file} has no rows"]
+            _texts(row, f"{file}:{line}", spec)
+    except DataError as e:
+        return [str(e)]
+    return []
+
+
+def example_ids(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """An id for each (question, answer): 16 hex digits of SHA-256 over ``question + '\\x1f' + answer``.
+
+    The same row has the same id in whichever file it lies. Repeated rows get ``#2``, ``#3``, ... in order.
+    """
+    seen: Counter[str] = Counter()
+    ids = []
+    for question, answer in pairs:
+        digest = hashlib.sha256(f"{question}\x1f{answer}".encode()).hexdigest()[:16]
+        seen[digest] += 1
+        ids.append(digest if seen[digest] == 1 else f"{digest}#{seen[digest]}")
+    return ids
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """SHA-256 over the examples' ids in order (the ids are digests of the texts)."""
+    return digest_json([e["id"] for e in examples])
+
+
+def local_file(spec: DatasetSpec, data_dir: Path | str | None) -> Path | None:
+    """The local file of ``spec``, or ``None`` when it is to come from elsewhere.
+
+    Raises ``DataError`` when ``data_dir`` does not exist, or has the folder but not the file.
+    """
+    if spec.path == FICTIONAL or data_dir is None:
+        file = None
+    elif not Path(data_dir).is_dir():
+        raise DataError(f"paths.data_dir (or UNFED_DATA_DIR) is {data_dir}, which is not a directory")
+    else:
+        folder = Path(data_dir) / spec.folder
+        file = folder / f"{spec.name}.json" if folder.is_dir() else None
+        if file is not None and not file.is_file():
+            there = [p.stem for p in folder.glob("*.json")]
+            raise DataError(f"{folder} has no data set {spec.name!r}{nearest(spec.name, there)}")
+    if (file is not None or spec.path == FICTIONAL) and spec.split != "train":
+        raise DataError(f"split {spec.split!r} of {file or spec.path}: only 'train' exists there")
+    return file
+
+
+def read_json_lines(file: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of a JSON-lines file; blank lines are passed over."""
+    try:
+        with file.open("rb") as f:
+            found = 0
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                yield number, _object(line, f"{file}:{number}")
+                found += 1
+                if limit is not None and found >= limit:
+                    return
+    except OSError as e:
+        raise DataError(f"cannot read {file}: {e.strerror or e}") from e
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"{place}: not UTF-8 text ({e.reason})") from e
+    except ValueError as e:
+        raise DataError(f"{place}: not a JSON object on one line ({e})") from e
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: a {type(value).__name__} where a JSON object on one line is expected")
+    return value
+
+
+def _texts(row: Mapping[str, Any], place: str, spec: DatasetSpec) -> tuple[str, str]:
+    texts = []
+    for setting, key in (("question_key", spec.question_key), ("answer_key", spec.answer_key)):
+        if key not in row:
+            raise DataError(f"{place} has no column {key!r} ({setting}){nearest(key, row)}")
+        if not isinstance(row[key], str):
+            raise DataError(f"{place}: column {key!r} ({setting}) holds {type(row[key]).__name__}, not text")
+        texts.append(row[key])
+    return texts[0], texts[1]
+
+
+def _check_limit(spec: DatasetSpec) -> None:
+    if spec.limit is not None and spec.limit < 1:
+        raise DataError(f"limit={spec.limit} of {spec.path}/{spec.name} keeps no row; use 1 or more, or null")
+
+
+def _hub_rows(spec: DatasetSpec) -> list[Mapping[str, Any]]:
+    import datasets  # slow to import, and not needed for local data
+
+    try:
+        rows = datasets.load_dataset(spec.path, spec.name, split=spec.split)
+    except Exception as e:  # the hub client raises a dozen unrelated types
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise DataError(
+            f"cannot load {spec.path} (name {spec.name!r}, split {spec.split!r}) from the hub: {reason}. "
+            f"Without network, put JSON lines in <data root>/{spec.folder}/{spec.name}.json and set "
+            "UNFED_DATA_DIR or paths.data_dir to the data root."
+        ) from e
+    return [dict(row) for row in rows]

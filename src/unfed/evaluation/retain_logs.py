@@ -1,0 +1,100 @@
+"""The retain model's result file: what forget quality and privleak compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unfed.base.artifacts import read_json
+from unfed.base.errors import ArtifactError
+from unfed.metrics.stats import Array
+
+RUN_KEY = "_run"
+"""Entry of a TOFU_EVAL.json that says which rows were scored; other tools' files have none."""
+
+
+@dataclass(frozen=True)
+class RetainLogs:
+    """The metrics of a TOFU_EVAL.json, ours or OpenUnlearning's; ``name`` is what messages call it."""
+
+    name: str
+    metrics: Mapping[str, Any]
+
+    def _entry(self, metric: str, key: str) -> Any:
+        entry = self.metrics.get(metric)
+        if not isinstance(entry, Mapping) or entry.get(key) is None:
+            where = f"{metric}.{key}"
+            reason = entry.get("why") if isinstance(entry, Mapping) else None
+            raise ArtifactError(
+                f"{self.name}: no {where} (retain_logs_path)"
+                + (f": {reason}" if reason else "")
+                + ". Evaluate the retain model with the same suite and splits."
+            )
+        return entry[key]
+
+    def truth_ratios(self) -> Array:
+        """The forget set's truth ratios by row. Raises ``ArtifactError`` naming the file and the missing key."""
+        rows = self._entry("forget_truth_ratio", "value_by_index")
+        try:
+            ordered = [rows[key]["score"] for key in sorted(rows, key=int)]
+            return np.array([np.nan if v is None else float(v) for v in ordered])
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
+            raise ArtifactError(
+                f"{self.name}: forget_truth_ratio.value_by_index is not row -> {{'score': number}} (retain_logs_path)"
+            ) from e
+
+    def min_k_auc(self) -> float:
+        """The Min-K attack's AUC. Raises ``ArtifactError`` naming the file and the missing key."""
+        value = self._entry("mia_min_k", "agg_value")
+        if not isinstance(value, int | float):
+            raise ArtifactError(f"{self.name}: mia_min_k.agg_value is not a number (retain_logs_path)")
+        return float(value)
+
+    def check_split(self, answers: Sequence[str], digest: str) -> None:
+        """Refuse a log of another forget split than this run's rows.
+
+        Compared: the rows' digest where the log is ours, the number of truth ratios, and the true answers
+        where the log shows them. Raises ``ArtifactError`` saying what differs.
+        """
+        refuse = f"{self.name}: the retain log is of another forget split: "
+        known = _digest(self.metrics)
+        if known is not None and known != digest:
+            raise ArtifactError(f"{refuse}its rows are {known}, this run's are {digest}")
+        rows = self._entry("forget_truth_ratio", "value_by_index")
+        if len(rows) != len(answers):
+            raise ArtifactError(f"{refuse}it has {len(rows)} rows, this run has {len(answers)}")
+        shown = self.metrics.get("forget_Q_A_ROUGE", {}).get("value_by_index") or {}
+        for key, row in shown.items():
+            truth = row.get("ground_truth") if isinstance(row, Mapping) else None
+            if key.isdigit() and int(key) < len(answers) and truth is not None:
+                if str(truth).strip() != answers[int(key)].strip():
+                    raise ArtifactError(
+                        f"{refuse}the answer of row {int(key)} is {str(truth)[:60]!r} there "
+                        f"and {answers[int(key)][:60]!r} here"
+                    )
+
+
+def _digest(metrics: Mapping[str, Any]) -> str | None:
+    run = metrics.get(RUN_KEY)
+    splits = run.get("splits") if isinstance(run, Mapping) else None
+    forget = splits.get("forget") if isinstance(splits, Mapping) else None
+    return forget.get("digest") if isinstance(forget, Mapping) else None
+
+
+def load_retain_logs(path: Path | str) -> RetainLogs:
+    """Read the retain model's TOFU_EVAL.json, ours or OpenUnlearning's (also nested under ``metrics``).
+
+    Raises ``ArtifactError`` when the file is missing, is no JSON, or holds no metrics at all.
+    """
+    found = read_json(path)
+    nested = found.get("metrics") if isinstance(found, Mapping) else None
+    metrics = nested if isinstance(nested, Mapping) else found
+    if not isinstance(metrics, Mapping) or not any(
+        isinstance(v, Mapping) and "agg_value" in v for v in metrics.values()
+    ):
+        raise ArtifactError(f"{path}: no metric with an agg_value; retain_logs_path names a TOFU_EVAL.json")
+    return RetainLogs(str(path), metrics)

@@ -1,0 +1,151 @@
+"""Evaluate a model: one pass over the answers, then every metric, then the result files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from unfed.base.artifacts import write_json
+from unfed.base.errors import DataError
+from unfed.base.types import Example
+from unfed.data.chat import Template
+from unfed.data.datasets import data_digest
+from unfed.evaluation.collect import Evidence, Pass, collect
+from unfed.evaluation.retain_logs import RUN_KEY, RetainLogs
+from unfed.evaluation.suites import Metric, SuiteConfig, compute, detailed_columns, select
+from unfed.metrics.stats import Score
+from unfed.models.generate import Progress
+
+EVAL_FILE = "TOFU_EVAL.json"
+SUMMARY_FILE = "TOFU_SUMMARY.json"
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Which rows a split was: the data set's name, how many, a digest of their ids; ``cut``: answers that
+    ``max_length`` shortened."""
+
+    name: str
+    rows: int
+    digest: str
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Scores by metric name (in the suite's order) and the rows they come from."""
+
+    scores: Mapping[str, Score]
+    splits: Mapping[str, SplitInfo]
+    parity: str | None = None
+
+    def to_eval_json(self, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The content of TOFU_EVAL.json: metric -> ``agg_value``, ``value_by_index``, and ``why`` if any.
+
+        The entry ``_run`` says which rows, and by ``digests`` which model and data; its ``agg_value`` is null, so
+        that scripts that walk over the metrics pass over it.
+        """
+        run = {
+            "agg_value": None,
+            "splits": {
+                s: {"name": i.name, "rows": i.rows, "digest": i.digest, "cut": i.cut} for s, i in self.splits.items()
+            },
+            "parity": self.parity,
+            "digests": dict(digests or {}),
+        }
+        return {**{name: _entry(score) for name, score in self.scores.items()}, RUN_KEY: run}
+
+    def summary(self) -> dict[str, float]:
+        """The content of TOFU_SUMMARY.json: metric -> number; a metric without a value is left out."""
+        return {name: score.value for name, score in self.scores.items() if score.value is not None}
+
+    def retain_logs(self, name: str = "the retain model") -> RetainLogs:
+        """This result as the reference for another evaluation, without a file in between."""
+        return RetainLogs(name, self.to_eval_json())
+
+
+def _entry(score: Score) -> dict[str, Any]:
+    entry: dict[str, Any] = {"agg_value": score.value, **score.extra}
+    if score.per_example is not None:
+        entry["value_by_index"] = {str(i): dict(row) for i, row in enumerate(score.per_example)}
+    if score.why is not None:
+        entry["why"] = score.why
+    return entry
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    suite: SuiteConfig,
+    rows_by_split: Mapping[str, Sequence[Example]],
+    retain_logs: RetainLogs | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Evaluate ``model`` on the rows of ``forget``, ``retain``, ``real_authors``, ``world_facts``, ``holdout``.
+
+    A split that is absent or lacks a column leaves its metrics without a value, with the reason. The retain
+    log is checked before anything is scored. The model comes back in the mode it was in, without gradients.
+    ``progress`` is called with (what, done, total).
+
+    Raises ``ConfigError`` for an unknown metric, ``ArtifactError`` for a retain log of another split or
+    without what a wanted metric needs, ``DataError`` when there are no rows at all or a column has gaps.
+    """
+    metrics = select(suite.metrics)
+    if not any(len(rows) for rows in rows_by_split.values()):
+        raise DataError("the evaluation has no rows: every split is empty")
+    digests = {split: data_digest(rows) for split, rows in rows_by_split.items()}
+    if retain_logs is not None:
+        _check_logs(retain_logs, metrics, rows_by_split, digests)
+    given = Pass(
+        model=model,
+        tokenizer=tokenizer,
+        template=template,
+        budget=suite.budget,
+        decoding=suite.decoding,
+        max_length=suite.max_length,
+        mask_pad_ids=suite.parity == "openunlearning",
+        details=detailed_columns(metrics),
+        progress=progress,
+    )
+    columns = [c for m in metrics for c in m.rule.columns]
+    evidence = collect(given, rows_by_split, columns, [s for m in metrics for s in m.rule.generated])
+    infos = {
+        split: SplitInfo(suite.datasets.get(split, split), len(rows), digests[split], _cut(evidence, split))
+        for split, rows in rows_by_split.items()
+    }
+    return EvalResult(compute(metrics, evidence, retain_logs), infos, suite.parity)
+
+
+def _cut(evidence: Evidence, split: str) -> int:
+    return sum(a.cut for (s, _), a in evidence.answers.items() if s == split)
+
+
+def _check_logs(
+    logs: RetainLogs,
+    metrics: Sequence[Metric],
+    rows_by_split: Mapping[str, Sequence[Example]],
+    digests: Mapping[str, str],
+) -> None:
+    names = {m.name for m in metrics}
+    forget = rows_by_split.get("forget", ())
+    if "forget_quality" in names and forget:
+        logs.truth_ratios()
+        logs.check_split([str(row["answer"]) for row in forget], digests["forget"])
+    if "privleak" in names:
+        logs.min_k_auc()
+
+
+def write_results(result: EvalResult, directory: Path | str, digests: Mapping[str, str] | None = None) -> None:
+    """Write TOFU_EVAL.json and TOFU_SUMMARY.json, each atomically.
+
+    ``digests`` names what was evaluated (``{"adapter": "sha256:...", "data": ...}``), so that a result cannot
+    be taken for another model's. Raises ``ArtifactError`` when the directory cannot be written to.
+    """
+    write_json(Path(directory) / EVAL_FILE, result.to_eval_json(digests))
+    write_json(Path(directory) / SUMMARY_FILE, result.summary())

@@ -1,0 +1,339 @@
+"""Evaluation suites as data: which splits and columns give which metrics.
+
+A metric says what it needs (columns to score, splits to answer, other metrics) and how it comes of them; the
+runner collects the union of the needs in one pass and then asks each metric for its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from unfed.base.errors import ConfigError, nearest
+from unfed.evaluation.collect import Column, Evidence
+from unfed.evaluation.retain_logs import RetainLogs
+from unfed.metrics import membership, memorization, overlap, probability, summary
+from unfed.metrics.stats import Array, Score, TokenStats
+from unfed.models.generate import Budget, Decoding
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a metric may look at: the collected evidence, earlier metrics, the retain model's log."""
+
+    evidence: Evidence
+    scores: Mapping[str, Score]
+    retain_logs: RetainLogs | None
+
+
+class Rule(Protocol):
+    """How one metric comes of its needs."""
+
+    @property
+    def needs_details(self) -> bool: ...
+    @property
+    def columns(self) -> tuple[Column, ...]: ...
+    @property
+    def generated(self) -> tuple[str, ...]: ...
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+    def __call__(self, found: Findings) -> Score: ...
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Needs nothing; the rules below say what they need."""
+
+    @property
+    def needs_details(self) -> bool:
+        return False
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return ()
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Prob(_Rule):
+    """Probability of the answers of one column."""
+
+    split: str
+    column: str = "answer"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return ((self.split, self.column),)
+
+    def __call__(self, found: Findings) -> Score:
+        own = found.evidence.answers[self.split, self.column]
+        return probability.probability_score(own.losses, own.counts if own.listed else None)
+
+
+@dataclass(frozen=True)
+class _AgainstWrong(_Rule):
+    split: str
+    correct: str = "answer"
+    wrong: str = "perturbed_answer"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return ((self.split, self.correct), (self.split, self.wrong))
+
+    def _losses(self, found: Findings) -> tuple[Array, list[Array]]:
+        answers = found.evidence.answers
+        return answers[self.split, self.correct].losses, answers[self.split, self.wrong].losses_by_row
+
+
+@dataclass(frozen=True)
+class NormalisedProb(_AgainstWrong):
+    """Probability of the right answer among its options."""
+
+    def __call__(self, found: Findings) -> Score:
+        return probability.normalised_score(*self._losses(found))
+
+
+@dataclass(frozen=True)
+class TruthRatio(_AgainstWrong):
+    """Truth ratio; ``aggregate`` turns the rows' ratios into what is averaged."""
+
+    aggregate: Callable[[Array], Array] = probability.true_better
+
+    def __call__(self, found: Findings) -> Score:
+        return probability.truth_ratio_score(*self._losses(found), self.aggregate)
+
+
+@dataclass(frozen=True)
+class Rouge(_Rule):
+    """ROUGE of the generated answers of one split."""
+
+    split: str
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        return (self.split,)
+
+    def __call__(self, found: Findings) -> Score:
+        own = found.evidence.generations[self.split]
+        return overlap.rouge_score(own.answers, own.texts, own.prompts)
+
+
+@dataclass(frozen=True)
+class Memorised(_Rule):
+    """A memorisation metric on the forget answers."""
+
+    measure: Callable[[TokenStats], Score]
+
+    @property
+    def needs_details(self) -> bool:
+        return True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (("forget", "answer"),)
+
+    def __call__(self, found: Findings) -> Score:
+        return self.measure(found.evidence.answers["forget", "answer"].stats)
+
+
+@dataclass(frozen=True)
+class Attack(_Rule):
+    """A membership inference attack: forget answers beside holdout answers."""
+
+    measure: Callable[[TokenStats, Sequence[str]], Array]
+    needs_moments: bool = False
+
+    @property
+    def needs_details(self) -> bool:
+        return self.needs_moments
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (("forget", "answer"), ("holdout", "answer"))
+
+    def __call__(self, found: Findings) -> Score:
+        sides = [found.evidence.answers[c] for c in self.columns]
+        return membership.attack_score(*(self.measure(s.stats, s.texts) for s in sides))
+
+
+@dataclass(frozen=True)
+class ForgetQuality(_Rule):
+    """Kolmogorov-Smirnov p-value against the retain model's truth ratios."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("forget_truth_ratio",)
+
+    def __call__(self, found: Findings) -> Score:
+        if found.retain_logs is None:
+            return Score(None, why="no retain_logs_path: forget quality compares with a retain model's truth ratios")
+        own = found.scores["forget_truth_ratio"].per_example or ()
+        ratios = [row["score"] for row in own]
+        return probability.forget_quality(_floats(ratios), found.retain_logs.truth_ratios())
+
+
+@dataclass(frozen=True)
+class ModelUtility(_Rule):
+    """Harmonic mean of the nine utility metrics."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return summary.UTILITY_PARTS
+
+    def __call__(self, found: Findings) -> Score:
+        return summary.model_utility(found.scores)
+
+
+@dataclass(frozen=True)
+class PrivLeak(_Rule):
+    """Relative difference of the Min-K AUC to the retain model's."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("mia_min_k",)
+
+    def __call__(self, found: Findings) -> Score:
+        logs = found.retain_logs
+        return membership.privleak(found.scores["mia_min_k"], None if logs is None else logs.min_k_auc())
+
+
+def _floats(values: Sequence[float | None]) -> Array:
+    import numpy as np
+
+    return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named metric; ``higher_is_better`` for a model made to forget, ``None`` where neither end is good."""
+
+    name: str
+    rule: Rule
+    higher_is_better: bool | None = None
+
+
+def _tofu_metrics() -> tuple[Metric, ...]:
+    found = [
+        Metric("forget_Q_A_Prob", Prob("forget"), False),
+        Metric("forget_Q_A_PARA_Prob", Prob("forget", "paraphrased_answer"), False),
+        Metric("forget_Q_A_PERT_Prob", Prob("forget", "perturbed_answer")),
+        Metric("forget_Q_A_ROUGE", Rouge("forget"), False),
+        Metric(
+            "forget_truth_ratio",
+            TruthRatio("forget", "paraphrased_answer", aggregate=probability.closer_to_1_better),
+            True,
+        ),
+        Metric("forget_quality", ForgetQuality(), True),
+        Metric("extraction_strength", Memorised(memorization.extraction_strength_score), False),
+        Metric("exact_memorization", Memorised(memorization.exact_memorization_score), False),
+        Metric("retain_Q_A_Prob", Prob("retain"), True),
+        Metric("retain_Q_A_PARA_Prob", Prob("retain", "paraphrased_answer"), True),
+        Metric("retain_Q_A_PERT_Prob", Prob("retain", "perturbed_answer"), False),
+        Metric("retain_Q_A_ROUGE", Rouge("retain"), True),
+        Metric("retain_Truth_Ratio", TruthRatio("retain", "paraphrased_answer"), True),
+    ]
+    for short, split in (("ra", "real_authors"), ("wf", "world_facts")):
+        found += [
+            Metric(f"{short}_Q_A_Prob", Prob(split), True),
+            Metric(f"{short}_Q_A_PERT_Prob", Prob(split, "perturbed_answer"), False),
+            Metric(f"{short}_Q_A_Prob_normalised", NormalisedProb(split), True),
+            Metric(f"{short}_Q_A_ROUGE", Rouge(split), True),
+            Metric(f"{short}_Truth_Ratio", TruthRatio(split), True),
+        ]
+    return (
+        *found,
+        Metric("model_utility", ModelUtility(), True),
+        Metric("mia_loss", Attack(membership.loss)),
+        Metric("mia_zlib", Attack(membership.zlib_ratio)),
+        Metric("mia_min_k", Attack(membership.min_k)),
+        Metric("mia_min_k_plus_plus", Attack(membership.min_k_plus_plus, needs_moments=True)),
+        Metric("privleak", PrivLeak()),
+    )
+
+
+TOFU_METRICS: Mapping[str, Metric] = {m.name: m for m in _tofu_metrics()}
+"""Every metric of the TOFU suite, in an order in which each comes after its parts."""
+
+TOFU_DEFAULT = (
+    "forget_quality", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "model_utility", "privleak", "extraction_strength",
+)  # fmt: skip
+"""The suite's headline metrics; their parts are reported with them."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """An evaluation. ``metrics`` names the wanted ones (empty: the suite's default); ``datasets`` maps each
+    split to its data set's name, for the record. ``parity='openunlearning'`` reproduces that code's attention
+    mask, which hides every token equal to the padding id."""
+
+    metrics: tuple[str, ...] = ()
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    budget: Budget = Budget()
+    decoding: Decoding = Decoding()
+    max_length: int | None = 512
+    parity: Literal["openunlearning"] | None = None
+
+
+def tofu_datasets(forget_split: str = "forget10", holdout_split: str = "holdout10") -> dict[str, str]:
+    """Split -> data set name of a TOFU evaluation (``forget10`` -> ``forget10_perturbed``)."""
+    return {
+        "forget": f"{forget_split}_perturbed",
+        "retain": "retain_perturbed",
+        "real_authors": "real_authors_perturbed",
+        "world_facts": "world_facts_perturbed",
+        "holdout": holdout_split,
+    }
+
+
+def select(names: Sequence[str]) -> tuple[Metric, ...]:
+    """The named TOFU metrics (none: the default) with the metrics they are made of, in the suite's order.
+
+    Raises ``ConfigError`` naming every unknown metric with the nearest valid one.
+    """
+    unknown = [n for n in names if n not in TOFU_METRICS]
+    if unknown:
+        raise ConfigError([f"eval.metrics: unknown metric {n!r}{nearest(n, TOFU_METRICS)}" for n in unknown])
+    wanted = set(names or TOFU_DEFAULT)
+    todo = list(wanted)
+    while todo:
+        rule = TOFU_METRICS[todo.pop()].rule
+        for part in (*rule.parts, *_companions(rule)):
+            if part not in wanted:
+                wanted.add(part)
+                todo.append(part)
+    return tuple(m for m in TOFU_METRICS.values() if m.name in wanted)
+
+
+def _companions(rule: Rule) -> tuple[str, ...]:
+    """Probabilities that a ratio is made of: the reference's files show them, and they cost nothing more."""
+    if not isinstance(rule, _AgainstWrong):
+        return ()
+    return tuple(m.name for m in TOFU_METRICS.values() if isinstance(m.rule, Prob) and m.rule.columns[0] in rule.columns)
+
+
+def detailed_columns(metrics: Sequence[Metric]) -> frozenset[Column]:
+    """Columns for which some metric needs the argmax or the vocabulary's moments."""
+    return frozenset(c for m in metrics if m.rule.needs_details for c in m.rule.columns)
+
+
+def compute(metrics: Sequence[Metric], evidence: Evidence, retain_logs: RetainLogs | None) -> dict[str, Score]:
+    """Score every metric, in order. One whose columns are missing has no value and says which."""
+    scores: dict[str, Score] = {}
+    for metric in metrics:
+        needs = [*metric.rule.columns, *((s, "answer") for s in metric.rule.generated)]
+        gaps = dict.fromkeys(evidence.missing[c] for c in needs if c in evidence.missing)
+        if not gaps:
+            gaps = dict.fromkeys(
+                f"{p} has no value: {scores[p].why}" for p in metric.rule.parts if scores[p].value is None
+            )
+        score = Score(None, why="; ".join(gaps)) if gaps else metric.rule(Findings(evidence, scores, retain_logs))
+        scores[metric.name] = replace(score, higher_is_better=metric.higher_is_better)
+    return scores

@@ -1,0 +1,132 @@
+"""Round checkpoints: safetensors and JSON, one directory a round, renamed into place when whole."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unfed.base.artifacts import atomic_dir, digest_file, read_json, read_tensors, write_json, write_tensors
+from unfed.base.errors import ArtifactError, UnfedError
+from unfed.base.types import ServerState
+
+log = logging.getLogger(__name__)
+_NAME = re.compile(r"round_(\d{5})")
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in one round. Digests are of the server's adapter; bytes are of tensors sent, both ways."""
+
+    round: int
+    phase: str
+    clients: tuple[str, ...]
+    failures: Mapping[str, str]
+    num_examples: int
+    adapter_before: str
+    adapter_after: str
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    aggregation_error: float | None
+    error_is_estimate: bool
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the clients' mean training losses, if any client reported one."""
+        losses = [m["loss"] for m in self.metrics.values() if "loss" in m]
+        return sum(losses) / len(losses) if losses else None
+
+
+class Checkpoints:
+    """The rounds of one run under ``directory/checkpoints``; the last ``keep`` stay."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], keep: int = 2) -> None:
+        self._root = directory / "checkpoints"
+        self._config = dict(config)
+        self._keep = max(1, keep)
+
+    def save(self, state: ServerState, records: list[RoundRecord]) -> None:
+        """Write ``state`` (after ``state.round`` rounds) and all records so far."""
+        with atomic_dir(self._root / f"round_{state.round:05d}") as part:
+            write_tensors(part / "adapter.safetensors", state.adapter)
+            for slot, values in state.opt_state.items():
+                write_tensors(part / f"opt_{slot}.safetensors", values)
+            files = {f.name: digest_file(f) for f in sorted(part.glob("*.safetensors"))}
+            write_json(
+                part / "state.json",
+                {
+                    "round": state.round,
+                    "files": files,
+                    "config": self._config,
+                    "records": [asdict(r) for r in records],
+                },
+            )
+        for old in self._rounds()[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def exist(self) -> bool:
+        """Whether any round was saved."""
+        return bool(self._rounds())
+
+    def latest(self) -> tuple[ServerState, list[RoundRecord]] | None:
+        """The newest whole checkpoint; a truncated or altered one is passed over with a warning.
+
+        Raises ``UnfedError`` naming the keys when it was written with another configuration.
+        """
+        for directory in reversed(self._rounds()):
+            try:
+                found = self._read(directory)
+            except ArtifactError as e:
+                log.warning("checkpoint %s is not whole, using the round before: %s", directory.name, e)
+                continue
+            return found
+        return None
+
+    def _rounds(self) -> list[Path]:
+        if not self._root.is_dir():
+            return []
+        return sorted(d for d in self._root.iterdir() if _NAME.fullmatch(d.name))
+
+    def _read(self, directory: Path) -> tuple[ServerState, list[RoundRecord]]:
+        manifest = read_json(directory / "state.json")
+        try:
+            files, config, raw = manifest["files"], manifest["config"], manifest["records"]
+            number = int(manifest["round"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise ArtifactError(f"{directory / 'state.json'} lacks {e}") from e
+        for name, digest in files.items():
+            if not (directory / name).is_file() or digest_file(directory / name) != digest:
+                raise ArtifactError(f"{directory / name} is missing or was altered")
+        differing = differing_keys(config, self._config)
+        if differing:
+            raise UnfedError(
+                "resume=true, but the run was started with another configuration: "
+                + "; ".join(differing[:8])
+                + ". Give the same overrides, or start afresh with overwrite=true"
+            )
+        slots = {n[4:-12]: read_tensors(directory / n) for n in files if n.startswith("opt_")}
+        records = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in raw]
+        return ServerState(number, read_tensors(directory / "adapter.safetensors"), slots), records
+
+
+def differing_keys(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as ``key (was 1, now 2)``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found = []
+        for key in sorted({*before, *now}):
+            a, b = before.get(key, _MISSING), now.get(key, _MISSING)
+            found += differing_keys(a, b, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)) and list(before) == list(now):
+        return []
+    if before == now:
+        return []
+    shown = ["absent" if v is _MISSING else repr(v) for v in (before, now)]
+    return [f"{prefix} (was {shown[0]}, now {shown[1]})"]

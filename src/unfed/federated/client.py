@@ -1,0 +1,99 @@
+"""A client in this process: write the adapter into the one model, train, read it back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from unfed.base.types import AdapterState, ClientUpdate, Split
+from unfed.data.chat import EncodedExample
+from unfed.federated.schedule import FitTask, Phase
+from unfed.models.adapter import restore, snapshot
+from unfed.training.batches import BatchPlan, TrainRows
+from unfed.training.context import Anchor, Companions, Reference
+from unfed.training.loop import Local, LocalTask, StepEvent, Window
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's encoded rows by split."""
+
+    client_id: str
+    splits: Mapping[Split, Sequence[EncodedExample]]
+
+
+@dataclass
+class Client:
+    """Runs the tasks of every client on one model, one after the other.
+
+    ``reference`` is the adapter that unlearning starts from: the frozen policy of NPO and of the KL retain loss.
+    ``lr_per_phase``: the learning-rate schedule spans a phase's rounds; else it starts anew in each.
+    """
+
+    local: Local
+    data: Mapping[str, ClientData]
+    reference: AdapterState | None = None
+    lr_per_phase: bool = True
+    on_step: Callable[[FitTask, str, StepEvent], None] | None = None
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    _references: dict[str, Reference] = field(default_factory=dict)
+
+    def fit(self, task: FitTask, adapter: AdapterState, client_id: str) -> ClientUpdate:
+        """Train ``client_id`` from ``adapter``; the update is a copy."""
+        work = task.phase.work[client_id]
+        restore(self.local.model, adapter)
+        rows = TrainRows(self.data[client_id].splits)
+        needs = work.objective.needs
+        rows.require(work.rows, needs.splits, client_id)
+        plan = BatchPlan(
+            rows=rows,
+            driver=work.rows,
+            needs=needs.splits,
+            batch_size=self.local.args.per_device_train_batch_size,
+            accumulation=self.local.args.gradient_accumulation_steps,
+            seed_path=("fit", task.round, client_id),
+            workers=self.local.args.dataloader_num_workers,
+        )
+        on_step = self.on_step
+        local_task = LocalTask(
+            plan,
+            work.objective,
+            work.epochs,
+            self._window(task),
+            None if on_step is None else lambda event: on_step(task, client_id, event),
+        )
+        result = self.local.train(local_task, self._beside(task.phase, client_id, plan, adapter))
+        self.curves.setdefault(task.phase.name, []).extend(result.curve)
+        metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
+        return ClientUpdate(client_id, snapshot(self.local.model), result.num_examples, _finite(metrics))
+
+    def _window(self, task: FitTask) -> Window:
+        return Window(task.phase_round, task.phase.rounds) if self.lr_per_phase else Window()
+
+    def _beside(self, phase: Phase, client_id: str, plan: BatchPlan, adapter: AdapterState) -> Companions:
+        objective = phase.work[client_id].objective
+        anchor = Anchor(self.local.model, adapter) if objective.needs.anchor else None
+        if not (objective.needs.reference or objective.needs.reference_distribution):
+            return Companions(anchor=anchor)
+        if client_id not in self._references:
+            self._references[client_id] = Reference(self.local.model, self.reference or adapter)
+        reference = self._references[client_id]
+        if objective.needs.reference:
+            for split in sorted(objective.needs.splits & {"forget", "alternate"}):
+                examples = sorted(plan.rows.splits[split], key=len)
+                size = plan.batch_size
+                reference.prepare(
+                    split,
+                    [
+                        self.local.collation.batch(examples[i : i + size]).to(self.local.device)
+                        for i in range(0, len(examples), size)
+                    ],
+                )
+        return Companions(reference, anchor)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """JSON has no NaN: what is not finite is told by its absence and by ``finite`` = 0."""
+    kept = {k: v for k, v in metrics.items() if math.isfinite(v)}
+    return {**kept, "finite": float(len(kept) == len(metrics))}

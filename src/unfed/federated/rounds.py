@@ -1,0 +1,155 @@
+"""The rounds: send, fit, screen, average, step, checkpoint, report. The same for every engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from unfed.aggregation.base import Aggregator
+from unfed.base.types import AdapterState, ClientFailure, ClientUpdate, Combined, ServerState
+from unfed.federated.checkpoint import Checkpoints, RoundRecord
+from unfed.federated.schedule import FitTask, Participation, Schedule
+from unfed.federated.transport import Transport
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    """How rounds are run, apart from what is done in them."""
+
+    seed: int = 0
+    participation: Participation = field(default_factory=Participation)
+
+
+class RoundListener:
+    """Told of each round as it starts and ends; the default does nothing."""
+
+    def round_started(self, task: FitTask, clients: list[str]) -> None:
+        """Before the first client."""
+
+    def round_ended(self, record: RoundRecord, state: ServerState) -> None:
+        """After the checkpoint."""
+
+
+@dataclass
+class _Screening:
+    """Lets usable updates through, and remembers what was dropped and what was sent."""
+
+    like: AdapterState
+    failures: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    bytes_up: int = 0
+
+    def usable(self, answers: Iterable[ClientUpdate | ClientFailure]) -> Iterator[ClientUpdate]:
+        for answer in answers:
+            if isinstance(answer, ClientFailure):
+                self.failures[answer.client_id] = answer.reason
+                continue
+            self.bytes_up += answer.adapter.nbytes
+            problems = answer.adapter.problems_against(self.like)
+            if answer.num_examples < 1:
+                problems.append(f"num_examples is {answer.num_examples}")
+            if problems:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                self.failures[answer.client_id] = f"update dropped: {problems[0]}{more}"
+                continue
+            self.metrics[answer.client_id] = dict(answer.metrics)
+            yield answer
+
+
+class _NoUpdates(Exception):
+    """Raised inside ``combine`` when there is nothing to average."""
+
+
+def _first_or_raise(updates: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
+    for first in updates:
+        yield first
+        yield from updates
+        return
+    raise _NoUpdates
+
+
+def run_rounds(
+    schedule: Schedule,
+    transport: Transport,
+    aggregator: Aggregator,
+    state: ServerState,
+    config: RoundsConfig,
+    keep: RunKeeper,
+) -> ServerState:
+    """Run the schedule from ``state.round`` on and return the last state.
+
+    After every round the state is checkpointed, so a run that was killed goes on from there to the same bytes:
+    every seed is derived from (seed, round, client), and clients are averaged in the order of their names.
+    Raises ``UnfedError`` when a round keeps fewer than ``min_clients`` usable updates; what was saved stays.
+    """
+    for task in schedule.tasks(state.round):
+        began = time.perf_counter()
+        clients = config.participation.select(list(task.phase.work), config.seed, task.round)
+        keep.listener.round_started(task, clients)
+        screening = _Screening(state.adapter)
+        combined = _combine(task, transport, aggregator, state, clients, screening)
+        reasons = [f"{c}: {r}" for c, r in screening.failures.items()]
+        config.participation.check(len(combined.client_ids) if combined else 0, len(clients), reasons)
+        assert combined is not None
+        before, sent = state.adapter.digest(), state.adapter.nbytes * len(clients)
+        state = _advance(task, aggregator, state, combined)
+        record = RoundRecord(
+            round=task.round,
+            phase=task.phase.name,
+            clients=combined.client_ids,
+            failures=screening.failures,
+            num_examples=combined.num_examples,
+            adapter_before=before,
+            adapter_after=state.adapter.digest(),
+            bytes_down=sent,
+            bytes_up=screening.bytes_up,
+            seconds=time.perf_counter() - began,
+            aggregation_error=combined.aggregation_error,
+            error_is_estimate=combined.error_is_estimate,
+            metrics=screening.metrics,
+        )
+        keep.records.append(record)
+        keep.save(state)
+        keep.listener.round_ended(record, state)
+    return state
+
+
+def _combine(
+    task: FitTask,
+    transport: Transport,
+    aggregator: Aggregator,
+    state: ServerState,
+    clients: list[str],
+    screening: _Screening,
+) -> Combined | None:
+    usable = screening.usable(transport.fit(task, state.adapter, clients))
+    try:
+        return aggregator.combine(_first_or_raise(usable), len(clients))
+    except _NoUpdates:
+        return None
+
+
+def _advance(task: FitTask, aggregator: Aggregator, state: ServerState, combined: Combined) -> ServerState:
+    if task.phase.rule == "adopt":
+        return ServerState(state.round + 1, combined.adapter, state.opt_state)
+    opt_state = state.opt_state or aggregator.init(state.adapter)
+    opt_state, adapter = aggregator.step(opt_state, state.adapter, combined)
+    return ServerState(state.round + 1, adapter, opt_state)
+
+
+@dataclass
+class RunKeeper:
+    """Where records and checkpoints go. Without ``checkpoints`` nothing is written (tests, benchmarks)."""
+
+    records: list[RoundRecord] = field(default_factory=list)
+    listener: RoundListener = field(default_factory=RoundListener)
+    checkpoints: Checkpoints | None = None
+    on_save: Callable[[ServerState], None] | None = None
+
+    def save(self, state: ServerState) -> None:
+        """Checkpoint the round that has just ended."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(state, self.records)
+        if self.on_save is not None:
+            self.on_save(state)

@@ -1,0 +1,39 @@
+"""ROUGE between a generated and a true answer (Lin 2004), by the rouge-score package with its stemmer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from unfed.metrics.stats import Score, from_rows
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+
+
+def rouge(answer: str, generation: str) -> dict[str, float]:
+    """``rouge1_recall``, ``rougeL_f1`` and ``rougeL_recall`` of a generation against the true answer."""
+    found = _scorer().score(answer, generation)
+    return {
+        "rouge1_recall": float(found["rouge1"].recall),
+        "rougeL_f1": float(found["rougeL"].fmeasure),
+        "rougeL_recall": float(found["rougeL"].recall),
+    }
+
+
+def rouge_score(answers: Sequence[str], generations: Sequence[str], prompts: Sequence[str]) -> Score:
+    """``*_ROUGE``: mean rougeL recall. Each row shows its three scores, prompt, true answer and generation."""
+    rows = [rouge(a, g) for a, g in zip(answers, generations, strict=True)]
+    mean = from_rows(np.array([r["rougeL_recall"] for r in rows], dtype=np.float64))
+    shown = tuple(
+        {**r, "input": p, "ground_truth": a, "generation": g}
+        for r, p, a, g in zip(rows, prompts, answers, generations, strict=True)
+    )
+    return Score(mean.value, shown, why=mean.why)

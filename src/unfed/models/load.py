@@ -1,0 +1,311 @@
+"""One loader for full models, adapter directories, base + adapter, GGUF files and hub names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from unfed.base.errors import AdapterError, UnfedError, nearest
+from unfed.base.seeding import derive_seed
+from unfed.models.adapter import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, trainable_parameters
+from unfed.models.spec import ATTENTION, LoraArgs, ModelArgs, TokenizerArgs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to train or evaluate, with what was decided on the way.
+
+    ``base`` names the base model that a stock ``PeftModel.from_pretrained`` would open; ``fingerprint`` tells
+    two bases apart (:func:`fingerprint`); ``notes`` are said once to the user.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+    fingerprint: str
+    adapter_path: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where base weights, adapter and tokenizer come from, decided before anything is opened."""
+
+    base: str
+    gguf_file: str | None
+    adapter: str | None
+    tokenizer: str
+
+
+def is_adapter_dir(path: str | Path) -> bool:
+    """Whether ``path`` is a directory with a PEFT adapter in it."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def resolve_source(args: ModelArgs, tokenizer: TokenizerArgs) -> ModelSource:
+    """Find out what ``pretrained_model_name_or_path`` is. Reads at most one small JSON file.
+
+    Raises ``UnfedError`` for two adapters at once, an adapter without weights, or a base that is not there.
+    """
+    path = args.pretrained_model_name_or_path
+    key = "model.model_args.pretrained_model_name_or_path"
+    adapter = args.lora_model_path
+    if adapter is not None and not is_adapter_dir(adapter):
+        raise AdapterError(f"model.model_args.lora_model_path={adapter}: no {ADAPTER_CONFIG} there")
+    base, gguf = path, args.gguf_file
+    if is_adapter_dir(path):
+        if adapter is not None:
+            raise AdapterError(
+                f"{key}={path} is itself an adapter and lora_model_path={adapter} is another: name the base model in "
+                "pretrained_model_name_or_path, or leave lora_model_path out"
+            )
+        adapter = path
+        base = args.base_model_name_or_path or base_of(path)
+    elif args.base_model_name_or_path is not None:
+        raise UnfedError(f"model.model_args.base_model_name_or_path is for an adapter directory; {key}={path} is not one")
+    if adapter is not None and not (Path(adapter) / ADAPTER_WEIGHTS).is_file():
+        raise AdapterError(f"{adapter} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS} (pickled adapters are not read)")
+    if gguf is None and base.endswith(".gguf"):
+        gguf, base = Path(base).name, str(Path(base).parent)
+    if (problem := path_problem(base)) is not None:
+        raise UnfedError(f"{key}={path}: {problem}")
+    return ModelSource(base, gguf, adapter, _tokenizer_source(tokenizer, adapter, base))
+
+
+def path_problem(path: str) -> str | None:
+    """What is wrong with a name that looks like a local path, or ``None`` (hub names are not looked up)."""
+    p = Path(path)
+    looks_local = p.is_absolute() or path.startswith((".", "~", "saves/")) or path.count("/") != 1
+    if p.exists() or not looks_local:
+        return None
+    parent = p.parent
+    names = [c.name for c in parent.iterdir()] if parent.is_dir() else []
+    return f"there is no {path}{nearest(p.name, names) if names else ''}"
+
+
+def base_of(adapter: str) -> str:
+    """The base model that an adapter directory names."""
+    file = Path(adapter) / ADAPTER_CONFIG
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as e:
+        raise AdapterError(f"{file} is not valid JSON: {e}") from e
+    if not base:
+        raise AdapterError(f"{file} names no base model: set model.model_args.base_model_name_or_path")
+    if (problem := path_problem(base)) is not None:
+        raise AdapterError(
+            f"the base model of {adapter} has moved: {problem}. Set model.model_args.base_model_name_or_path to where it is"
+        )
+    return str(base)
+
+
+def _tokenizer_source(tokenizer: TokenizerArgs, adapter: str | None, base: str) -> str:
+    if tokenizer.pretrained_model_name_or_path is not None:
+        return tokenizer.pretrained_model_name_or_path
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        return adapter
+    return base
+
+
+def attention(name: str | None) -> tuple[str, str | None]:
+    """The attention implementation to use here, and a note when it is not the one asked for."""
+    if name is None:
+        return "sdpa", None
+    if name not in ATTENTION:
+        raise UnfedError(f"model.model_args.attn_implementation={name}{nearest(name, ATTENTION)}")
+    if not name.startswith("flash_attention"):
+        return name, None
+    missing = []
+    if importlib.util.find_spec("flash_attn") is None and name == "flash_attention_2":
+        missing.append("flash-attn is not installed")
+    if not torch.cuda.is_available():
+        missing.append("there is no CUDA device")
+    if missing:
+        return "sdpa", f"attn_implementation: sdpa instead of {name} ({' and '.join(missing)})"
+    return name, None
+
+
+def load_model(args: ModelArgs, tokenizer_args: TokenizerArgs, *, trainable: bool, seed: int = 0) -> LoadedModel:
+    """Open the model and its tokenizer; make, or open, the adapter.
+
+    An adapter directory is opened with ``PeftModel.from_pretrained(..., is_trainable=trainable)`` and never
+    wrapped again. With ``use_lora`` and no adapter a new one is made (``B = 0``), seeded by ``seed``. Raises
+    ``UnfedError`` / ``AdapterError`` with what to mend.
+    """
+    source = resolve_source(args, tokenizer_args)
+    attn, note = attention(args.attn_implementation)
+    notes = [note] if note else []
+    model = _open_base(args, source, attn)
+    tokenizer = _open_tokenizer(source, tokenizer_args, args)
+    mark = fingerprint(model)
+    base = _public_base(source)
+    if source.adapter is not None:
+        if trainable and not args.use_lora:
+            raise AdapterError(
+                f"{source.adapter} is a LoRA adapter, but model.model_args.use_lora is false, which trains all "
+                "parameters: choose the -lora model file, or merge the adapter into its base first"
+            )
+        model = _open_adapter(model, source.adapter, trainable=trainable)
+        notes += _adapter_notes(model, args.lora_config, source.adapter)
+    elif args.use_lora:
+        model = _new_adapter(model, args.lora_config or LoraArgs(), base, seed)
+    if not trainable:
+        model.requires_grad_(False)
+    elif not trainable_parameters(model):
+        raise AdapterError("no parameter of the model requires a gradient: there is nothing to train")
+    if args.device_map is None and torch.cuda.is_available():
+        model.to("cuda")  # pyright: ignore[reportArgumentType]
+    return LoadedModel(model, tokenizer, base, mark, source.adapter, tuple(notes))
+
+
+def _public_base(source: ModelSource) -> str:
+    base = source.base if source.gguf_file is None else str(Path(source.base) / source.gguf_file)
+    return str(Path(base).resolve()) if Path(base).exists() else base
+
+
+def _open_base(args: ModelArgs, source: ModelSource, attn: str) -> PreTrainedModel:
+    dtype = "auto" if args.torch_dtype == "auto" else DTYPES[args.torch_dtype]
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attn,
+        "trust_remote_code": args.trust_remote_code,
+        "revision": args.revision or "main",
+    }
+    if args.device_map is not None:
+        options["device_map"] = args.device_map
+    if source.gguf_file is not None:
+        options["gguf_file"] = source.gguf_file
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.base, use_safetensors=source.gguf_file is None, **options)
+    except (OSError, ValueError) as e:
+        raise UnfedError(f"cannot open the model {source.base}: {_first_line(e)}") from e
+    if any(".lora_" in n for n, _ in model.named_parameters()):
+        raise AdapterError(f"{source.base} already carries LoRA layers; name it as an adapter directory instead")
+    model.config.use_cache = False
+    return model
+
+
+def _open_tokenizer(source: ModelSource, tokenizer: TokenizerArgs, args: ModelArgs) -> PreTrainedTokenizerBase:
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "revision": tokenizer.revision or "main"}
+    if source.gguf_file is not None and source.tokenizer == source.base:
+        options["gguf_file"] = source.gguf_file
+    try:
+        found = AutoTokenizer.from_pretrained(source.tokenizer, **options)
+    except (OSError, ValueError) as e:
+        raise UnfedError(f"cannot open the tokenizer {source.tokenizer}: {_first_line(e)}") from e
+    if found.pad_token_id is None:
+        # Padding is masked by length, so sharing an id with eos does no harm.
+        found.pad_token = found.eos_token
+    return found
+
+
+def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, path, adapter_name=ADAPTER_NAME, is_trainable=trainable)
+    except RuntimeError as e:
+        raise AdapterError(f"the adapter {path} does not fit its base model: {_mismatch(e)}") from e
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise AdapterError(f"cannot open the adapter {path}: {_first_line(e)}") from e
+
+
+def _mismatch(e: Exception) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
+    return lines[0] if lines else _first_line(e)
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -> PeftModel:
+    missing = missing_targets(model, lora.target_modules)
+    if missing:
+        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        raise AdapterError(
+            f"model.model_args.lora_config.target_modules: {type(model).__name__} has no "
+            f"{', '.join(missing)}{nearest(missing[0], linear)}"
+        )
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        lora_dropout=lora.lora_dropout,
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform else None,
+        task_type="CAUSAL_LM",
+    )
+    config.base_model_name_or_path = base
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora_init"))
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    config.base_model_name_or_path = base  # PEFT writes the path it was opened from
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def missing_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
+    """Target modules that the model does not have (``all-linear`` and regular expressions are PEFT's to check)."""
+    if isinstance(targets, str):
+        return []
+    names = [n for n, _ in model.named_modules()]
+    return [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+
+
+def _adapter_notes(model: PeftModel, asked: LoraArgs | None, path: str) -> list[str]:
+    """An existing adapter keeps its own shape; say so where the configuration asks for another."""
+    if asked is None:
+        return []
+    own = model.peft_config[ADAPTER_NAME]
+    differ = [k for k in ("r", "lora_alpha", "lora_dropout") if getattr(own, k, None) != getattr(asked, k)]
+    if not isinstance(asked.target_modules, str) and set(asked.target_modules) != set(getattr(own, "target_modules", ())):
+        differ.append("target_modules")
+    if not differ:
+        return []
+    kept = ", ".join(f"{k}={getattr(own, k)}" for k in differ if k != "target_modules")
+    return [f"the adapter {path} keeps its own shape ({kept or 'its own target_modules'}); lora_config is not used"]
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Tell base models apart: a digest of each tensor's name, shape and 16 of its values (in bfloat16).
+
+    Cheap (no pass over the weights) and the same for a float32 and a bfloat16 copy of one model. It is a guard
+    against mistakes, not against forgery.
+    """
+    h = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        index = torch.linspace(0, flat.numel() - 1, min(16, flat.numel())).long().to(flat.device)
+        values = flat[index].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+        h.update(f"{name}|{tuple(parameter.shape)}|".encode() + values)
+    return "sampled-sha256:" + h.hexdigest()
+
+
+def parameter_shapes(args: ModelArgs, source: ModelSource) -> nn.Module:
+    """The base model on the ``meta`` device: shapes without weights, for planning."""
+    try:
+        options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code, **options)
+    except (OSError, ValueError) as e:
+        raise UnfedError(f"cannot open the model {source.base}: {_first_line(e)}") from e
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)

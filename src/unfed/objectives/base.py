@@ -1,0 +1,108 @@
+"""What a training objective is, and what it may ask of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from unfed.base.types import LossTerms, Split
+
+RetainLoss = Literal["NLL", "KL"]
+Parity = Literal["openunlearning"]
+KLPositions = Literal["answer", "all"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What has to be at hand before a step: the batches by split, the reference policy's
+    log-probabilities of the labelled tokens (``reference``; these can be cached), its whole distribution
+    at each position (``reference_distribution``; a second forward pass each time), and the weights that the
+    round began with (``anchor``)."""
+
+    splits: frozenset[Split]
+    reference: bool = False
+    reference_distribution: bool = False
+    anchor: bool = False
+
+
+class StepContext(Protocol):
+    """One micro-batch of one optimizer step, as an objective sees it.
+
+    ``B`` is the number of examples of the micro-batch's split and ``N`` the number of its labelled tokens
+    that have a prediction. A forward pass is made at the first question about a split and kept. Every mean
+    divides by the count of the WHOLE optimizer step (all its micro-batches and processes), so that the
+    micro-batches' losses add up to the loss of the step however it is cut.
+    """
+
+    def token_logps(self, split: Split) -> Tensor:
+        """Log-probability of each labelled token, shape ``(N,)``, at least float32, differentiable."""
+        ...
+
+    def row(self, split: Split) -> Tensor:
+        """The example in ``0..B-1`` that each entry of ``token_logps`` belongs to, ``(N,)``, int64."""
+        ...
+
+    def logps(self, split: Split) -> Tensor:
+        """Summed log-likelihood of each example's labelled tokens, in nats, shape ``(B,)``."""
+        ...
+
+    def num_tokens(self, split: Split) -> Tensor:
+        """Labelled tokens of each example, shape ``(B,)``."""
+        ...
+
+    def reference_logps(self, split: Split) -> Tensor:
+        """As ``logps``, under the frozen reference policy, without gradient. Needs ``Needs.reference``."""
+        ...
+
+    def token_mean(self, split: Split, values: Tensor) -> Tensor:
+        """``values`` ``(B,)`` summed, divided by the labelled tokens of the whole step's ``split``: a scalar."""
+        ...
+
+    def example_mean(self, split: Split, values: Tensor) -> Tensor:
+        """``values`` ``(B,)`` summed, divided by the examples of the whole step's ``split``: a scalar."""
+        ...
+
+    def nll(self, split: Split) -> Tensor:
+        """``token_mean(split, -logps(split))``: the cross-entropy as transformers reports it, a scalar."""
+        ...
+
+    def kl(self, split: Split, positions: KLPositions = "answer") -> Tensor:
+        """Mean of KL(reference || policy) in nats, a scalar. Needs ``Needs.reference_distribution``.
+
+        ``answer``: over the positions that predict a labelled token, divided by their number in the whole
+        step. ``all``: over every position of the padded batch (prompt, padding and the last one too),
+        divided by the number of positions of the whole step.
+        """
+        ...
+
+    def hidden(self, split: Split, layer: int) -> Tensor:
+        """Hidden states after ``layer`` (0 is the embedding's output), shape ``(B, T, H)``."""
+        ...
+
+    def adapter_distance_sq(self) -> Tensor:
+        """Squared Euclidean distance of the trainable parameters from the round's global ones: a scalar."""
+        ...
+
+    def micro_share(self) -> float:
+        """The fraction of the optimizer step that this micro-batch is; over a step these add up to 1."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss for one micro-batch; implementations are frozen dataclasses of hyperparameters."""
+
+    @property
+    def name(self) -> str:
+        """The method's published name."""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What the step must have at hand, given these hyperparameters."""
+        ...
+
+    def __call__(self, ctx: StepContext) -> LossTerms:
+        """The micro-batch's share of the step's loss."""
+        ...

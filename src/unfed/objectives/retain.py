@@ -1,0 +1,49 @@
+"""The retain term that GradDiff, NPO and SimNPO have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unfed.base.params import Hyperparameters, choice, number
+from unfed.base.types import LossTerms
+from unfed.objectives.base import Needs, Parity, RetainLoss, StepContext
+
+
+def retain_loss(ctx: StepContext, kind: RetainLoss, parity: Parity | None = None) -> Tensor:
+    """The loss on split ``retain``, a scalar: cross-entropy, or KL(reference || policy).
+
+    KL is averaged over the answers' tokens; with ``parity="openunlearning"`` over all positions of the
+    padded batch as OpenUnlearning does, which makes it depend on the prompts' length and on the padding.
+    """
+    if kind == "NLL":
+        return ctx.nll("retain")
+    return ctx.kl("retain", "all" if parity == "openunlearning" else "answer")
+
+
+@dataclass(frozen=True)
+class WithRetain(Hyperparameters):
+    """``gamma * forget + alpha * retain``: the weights of both terms and the kind of the second.
+
+    With ``alpha = 0`` no retain batch is asked for. ``parity`` acts on ``retain_loss_type="KL"`` alone,
+    see :func:`retain_loss`.
+    """
+
+    gamma: float = number(1.0, above=0)
+    alpha: float = number(1.0, at_least=0)
+    retain_loss_type: RetainLoss = choice("NLL", ("NLL", "KL"))
+    parity: Parity | None = choice(None, ("openunlearning", None))
+
+    def _needs(self, reference: bool) -> Needs:
+        if self.alpha == 0:
+            return Needs(frozenset({"forget"}), reference)
+        return Needs(frozenset({"forget", "retain"}), reference, self.retain_loss_type == "KL")
+
+    def _total(self, ctx: StepContext, forget: Tensor) -> LossTerms:
+        """Join the forget term with the retain term; the parts are logged without their weights."""
+        if self.alpha == 0:
+            return LossTerms(self.gamma * forget, {"forget": forget.detach()})
+        retain = retain_loss(ctx, self.retain_loss_type, self.parity)
+        total = self.gamma * forget + self.alpha * retain
+        return LossTerms(total, {"forget": forget.detach(), "retain": retain.detach()})

@@ -1,0 +1,162 @@
+"""What an objective sees of one micro-batch: each forward pass is made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unfed.base.errors import UnfedError
+from unfed.base.types import AdapterState, Batch, Split
+from unfed.models.adapter import WeightSwap, live_tensors
+from unfed.models.forward import (
+    LabelledLogits,
+    all_logits,
+    answer_logps,
+    hidden_states,
+    label_logps,
+    labelled_logits,
+    per_answer,
+)
+from unfed.objectives.base import KLPositions
+from unfed.training.batches import StepTotals
+
+
+class Reference:
+    """The frozen policy that an objective compares with: cached log-probabilities, weights where needed.
+
+    ``logps`` are computed once for each (split, example) and kept for the life of this object, so a second epoch or
+    round costs nothing. The weights are those of an earlier adapter on the same base (:class:`WeightSwap`).
+    """
+
+    def __init__(self, model: nn.Module, state: AdapterState) -> None:
+        self._model = model
+        self._swap = WeightSwap(model, state)
+        self._logps: dict[tuple[Split, str], Tensor] = {}
+
+    @torch.no_grad()
+    def prepare(self, split: Split, batches: list[Batch]) -> None:
+        """Compute the log-probabilities of every example of ``batches`` that has none yet."""
+        new = [b for b in batches if any((split, i) not in self._logps for i in b.example_ids)]
+        if not new:
+            return
+        with self._swap.active():
+            for batch in new:
+                values = answer_logps(self._model, batch).float().cpu()
+                self._logps |= {(split, i): v for i, v in zip(batch.example_ids, values, strict=True)}
+
+    def logps(self, split: Split, batch: Batch) -> Tensor:
+        """Cached summed log-likelihoods of the batch's answers, shape ``(B,)``."""
+        return torch.stack([self._logps[split, i] for i in batch.example_ids]).to(batch.input_ids.device)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, positions: KLPositions) -> Tensor:
+        """The reference's logits at the labelled positions ``(N, V)``, or at all ``(B, T, V)``."""
+        with self._swap.active():
+            return labelled_logits(self._model, batch).logits if positions == "answer" else all_logits(self._model, batch)
+
+
+class Anchor:
+    """The round's global weights on the model's device, for a proximal term."""
+
+    def __init__(self, model: nn.Module, state: AdapterState) -> None:
+        by_storage = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        for name, tensor in live_tensors(model).items():
+            parameter = by_storage.get(tensor.data_ptr())
+            if parameter is not None:
+                self._pairs.append((parameter, state[name].to(parameter.device, torch.float32, copy=True)))
+
+    def distance_sq(self) -> Tensor:
+        """Squared distance of the trainable parameters from the anchor: a differentiable scalar, float32."""
+        return torch.stack([(p.float() - a).square().sum() for p, a in self._pairs]).sum()
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What goes beside the policy in a phase."""
+
+    reference: Reference | None = None
+    anchor: Anchor | None = None
+
+
+class ModelContext:
+    """:class:`unfed.objectives.base.StepContext` over a transformers or PEFT model."""
+
+    def __init__(
+        self, model: nn.Module, batches: Mapping[Split, Batch], totals: StepTotals, driver: Split, beside: Companions
+    ) -> None:
+        self._model, self._batches, self._totals = model, batches, totals
+        self._driver, self._beside = driver, beside
+        self._logits: dict[Split, LabelledLogits] = {}
+        self._token_logps: dict[Split, Tensor] = {}
+
+    def _labelled(self, split: Split) -> LabelledLogits:
+        if split not in self._logits:
+            self._logits[split] = labelled_logits(self._model, self._batches[split])
+        return self._logits[split]
+
+    def token_logps(self, split: Split) -> Tensor:
+        """See :class:`unfed.objectives.base.StepContext`."""
+        if split not in self._token_logps:
+            found = self._labelled(split)
+            self._token_logps[split] = label_logps(found.logits, found.labels)
+        return self._token_logps[split]
+
+    def row(self, split: Split) -> Tensor:
+        """See the protocol."""
+        return self._labelled(split).rows
+
+    def logps(self, split: Split) -> Tensor:
+        """See the protocol."""
+        return per_answer(self.token_logps(split), self._batches[split])
+
+    def num_tokens(self, split: Split) -> Tensor:
+        """See the protocol."""
+        return self._batches[split].num_label_tokens
+
+    def reference_logps(self, split: Split) -> Tensor:
+        """See the protocol."""
+        return self._reference().logps(split, self._batches[split])
+
+    def token_mean(self, split: Split, values: Tensor) -> Tensor:
+        """See the protocol."""
+        return values.sum() / max(1, self._totals.tokens[split])
+
+    def example_mean(self, split: Split, values: Tensor) -> Tensor:
+        """See the protocol."""
+        return values.sum() / max(1, self._totals.examples[split])
+
+    def nll(self, split: Split) -> Tensor:
+        """See the protocol."""
+        return self.token_mean(split, -self.token_logps(split))
+
+    def kl(self, split: Split, positions: KLPositions = "answer") -> Tensor:
+        """See the protocol."""
+        batch = self._batches[split]
+        theirs = self._reference().logits(batch, positions)
+        mine = self._labelled(split).logits if positions == "answer" else all_logits(self._model, batch)
+        count = self._totals.tokens[split] if positions == "answer" else self._totals.positions[split]
+        log_p, log_q = theirs.float().log_softmax(-1), mine.float().log_softmax(-1)
+        return torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(1, count)
+
+    def hidden(self, split: Split, layer: int) -> Tensor:
+        """See the protocol."""
+        return hidden_states(self._model, self._batches[split], layer)
+
+    def adapter_distance_sq(self) -> Tensor:
+        """See the protocol."""
+        if self._beside.anchor is None:
+            raise UnfedError("a proximal objective was run without the round's global adapter")
+        return self._beside.anchor.distance_sq()
+
+    def micro_share(self) -> float:
+        """See the protocol: by examples of the split that drives the epoch."""
+        return len(self._batches[self._driver]) / max(1, self._totals.examples[self._driver])
+
+    def _reference(self) -> Reference:
+        if self._beside.reference is None:
+            raise UnfedError("an objective that compares with a reference policy was run without one")
+        return self._beside.reference

@@ -1,0 +1,254 @@
+"""One client's local training: batches, objective, backward, clip, optimizer, scheduler.
+
+Ours, on top of Accelerate: ``transformers.Trainer`` spends 0.4 s on set-up in every ``train()`` call, and a federated
+run makes one call for each client and round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainingArguments, get_scheduler
+from transformers.trainer import Trainer
+
+from unfed.base.errors import AdapterError
+from unfed.base.seeding import derive_seed
+from unfed.data.chat import EncodedExample
+from unfed.models.adapter import trainable_parameters
+from unfed.models.forward import token_logps
+from unfed.objectives.base import Objective
+from unfed.training.args import LoopArgs, usable_optimizer
+from unfed.training.batches import BatchPlan, Collation, Step, steps_per_epoch
+from unfed.training.context import Companions, ModelContext
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a call to :func:`train` lies in its learning-rate schedule: ``index`` of ``count`` equal calls."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """Told after an optimizer step. ``loss`` is the mean since the last event (nats)."""
+
+    step: int
+    total: int
+    loss: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What to train on, for how long, with which objective."""
+
+    plan: BatchPlan
+    objective: Objective
+    epochs: float
+    window: Window = field(default_factory=Window)
+    on_step: Callable[[StepEvent], None] | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Means over the steps; ``curve`` holds the loss of every optimizer step. ``num_examples`` counts one epoch."""
+
+    steps: int
+    num_examples: int
+    loss: float
+    parts: dict[str, float]
+    curve: tuple[float, ...]
+
+
+class Local:
+    """A model with the device, mixed precision and seed it trains under. Made once, used for every client."""
+
+    def __init__(self, model: nn.Module, args: LoopArgs, collation: Collation, seed: int) -> None:
+        self.model, self.args, self.collation, self.seed = model, args, collation, seed
+        self.device = next(p.device for p in model.parameters())
+        self.optim, self.optim_note = usable_optimizer(args.optim)
+        if args.tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = args.tf32
+        if args.gradient_checkpointing:
+            _enable_checkpointing(model, args)
+        self._hf_args = TrainingArguments(
+            output_dir="unused",
+            optim=self.optim,
+            optim_args=args.optim_args,
+            learning_rate=args.resolved_learning_rate(use_lora=isinstance(model, PeftModel)),
+            adam_beta1=args.adam_beta1,
+            adam_beta2=args.adam_beta2,
+            adam_epsilon=args.adam_epsilon,
+            report_to="none",
+            use_cpu=self.device.type == "cpu",
+        )
+        # Settle the devices now: TrainingArguments resets Accelerate's state when it is first asked.
+        _ = self._hf_args.device
+        self.accelerator = _accelerator(args)
+
+    def train(self, task: LocalTask, beside: Companions) -> TrainResult:
+        """Train the model in place; it is left in the mode it was in.
+
+        Raises ``AdapterError`` after the first step when a trainable parameter received no gradient.
+        """
+        per_epoch = steps_per_epoch(task.plan.rows, task.plan.driver, self.args.step_size())
+        total = max(1, math.ceil(per_epoch * task.epochs))
+        if self.args.max_steps > 0:
+            total = min(total, self.args.max_steps)
+        optimizer, scheduler = self._optimizer(total, per_epoch, task.window)
+        was_training = self.model.training
+        self.model.train()
+        torch.manual_seed(derive_seed(self.seed, *task.plan.seed_path, "dropout"))
+        log = _LossLog(self.args.logging_steps, total, task.on_step)
+        try:
+            for number, step in enumerate(self._steps(task.plan, total)):
+                losses = self._step(step, task, beside, optimizer, check=number == 0)
+                optimizer.step()
+                if not getattr(optimizer, "step_was_skipped", False):
+                    scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                log.add(losses, scheduler.get_last_lr()[0])
+        finally:
+            self.model.train(was_training)
+            self._release()
+        return log.result(len(task.plan.rows.splits[task.plan.driver]))
+
+    def _steps(self, plan: BatchPlan, total: int) -> Iterator[Step]:
+        done, epoch = 0, 0
+        while done < total:
+            for step in plan.epoch(self.seed, epoch, self.collation):
+                if done == total:
+                    return
+                yield step
+                done += 1
+            epoch += 1
+
+    def _step(
+        self, step: Step, task: LocalTask, beside: Companions, optimizer: Any, *, check: bool
+    ) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for micro in step.micro:
+            batches = {split: b.to(self.device) for split, b in micro.items()}
+            with self.accelerator.autocast():
+                ctx = ModelContext(self.model, batches, step.totals, task.plan.driver, beside)
+                terms = task.objective(ctx)
+            self.accelerator.backward(terms.total)
+            for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        if check:
+            _check_gradients(self.model)
+        if self.args.max_grad_norm > 0:
+            self._clip(optimizer)
+        return sums
+
+    def _clip(self, optimizer: Any) -> None:
+        if self.args.fp16:
+            self.accelerator.unscale_gradients(optimizer)
+        torch.nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), self.args.max_grad_norm)
+
+    def _optimizer(self, total: int, per_epoch: int, window: Window) -> tuple[Any, Any]:
+        parameters = trainable_parameters(self.model)
+        groups = [
+            {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": self.args.weight_decay},
+            {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(self._hf_args)
+        optimizer = cls([g for g in groups if g["params"]], **options)
+        scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=self.args.warmup(total * window.count, per_epoch),
+            num_training_steps=total * window.count,
+            scheduler_specific_kwargs=dict(self.args.lr_scheduler_kwargs),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "scheduler.step() before optimizer.step()": meant here
+            for _ in range(total * window.index):
+                scheduler.step()
+        return (self.accelerator.prepare_optimizer(optimizer) if self.args.fp16 else optimizer), scheduler
+
+    def _release(self) -> None:
+        self.accelerator._optimizers.clear()  # noqa: SLF001 - Accelerate keeps every optimizer it ever prepared
+
+
+def _accelerator(args: LoopArgs) -> Accelerator:
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if AcceleratorState._shared_state and AcceleratorState._shared_state.get("_mixed_precision") != precision:  # noqa: SLF001
+        # Accelerate allows one precision a process; a process of ours may run several jobs one after the other.
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+    return Accelerator(mixed_precision=precision, cpu=args.use_cpu or not torch.cuda.is_available())
+
+
+def _enable_checkpointing(model: nn.Module, args: LoopArgs) -> None:
+    options = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+    inner: Any = model
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if isinstance(model, PeftModel):
+        # The base is frozen: without this no input of a checkpointed block requires a gradient, and with
+        # use_reentrant=true the adapters would silently receive none.
+        inner.enable_input_require_grads()
+
+
+def _check_gradients(model: nn.Module) -> None:
+    """Every trainable parameter took part in the first step, or the run stops here."""
+    parameters = trainable_parameters(model)
+    without = [n for n, p in parameters.items() if p.grad is None]
+    if without:
+        raise AdapterError(
+            f"{len(without)} of {len(parameters)} trainable parameters received no gradient (the first: {without[0]}); "
+            "the model does not use them, or gradient checkpointing cuts them off"
+        )
+
+
+class _LossLog:
+    """Collects losses without waiting for the device at every step."""
+
+    def __init__(self, every: int, total: int, on_step: Callable[[StepEvent], None] | None) -> None:
+        self._every, self._total, self._on_step = max(1, every), total, on_step
+        self._sums: list[dict[str, Tensor]] = []
+        self._told = 0
+
+    def add(self, sums: dict[str, Tensor], lr: float) -> None:
+        self._sums.append(sums)
+        done = len(self._sums)
+        if self._on_step is not None and (done % self._every == 0 or done == self._total):
+            recent = torch.stack([s["loss"].float() for s in self._sums[self._told :]]).mean()
+            self._told = done
+            self._on_step(StepEvent(done, self._total, float(recent), lr))
+
+    def result(self, num_examples: int) -> TrainResult:
+        curve = torch.stack([s["loss"].float() for s in self._sums]).tolist()
+        names = {n for s in self._sums for n in s} - {"loss"}
+        parts = {n: float(torch.stack([s[n].float() for s in self._sums if n in s]).mean()) for n in sorted(names)}
+        return TrainResult(len(curve), num_examples, sum(curve) / len(curve), parts, tuple(curve))
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; its mode is restored afterwards, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def mean_nll(local: Local, examples: Sequence[EncodedExample]) -> float:
+    """Mean loss (nats a token) of a few rows, in evaluation mode: tells a lost adapter at once."""
+    with evaluation_mode(local.model):
+        logps, _ = token_logps(local.model, local.collation.batch(examples).to(local.device))
+    return float(-logps.mean())

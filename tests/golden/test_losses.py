@@ -1,0 +1,281 @@
+"""Objectives on a transformers model: known losses and gradient norms, and gradient accumulation.
+
+The known values come from the public OpenUnlearning code (float32, CPU), see the shared golden README.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from unfed.base.types import Batch, Split
+from unfed.objectives.base import KLPositions, Objective, StepContext
+from unfed.objectives.nll import NLL
+from unfed.objectives.proximal import Proximal
+from unfed.objectives.registry import UNLEARNING_METHODS, build_objective
+from unfed.objectives.tokens import kl_divergence, labelled_positions, sum_by_row, target_logps
+
+CASES = (
+    "GradAscent",
+    "GradDiff_NLL",
+    "GradDiff_KL__ref_tiny_ref",
+    "NPO_NLL__ref_tiny_ref",
+    "NPO_KL__ref_tiny_ref",
+    "NPO_NLL__ref_self",
+    "SimNPO",
+)
+
+
+class ModelContext:
+    """A ``StepContext`` straight over two models; ``whole`` holds the batches of the whole step."""
+
+    def __init__(
+        self,
+        policy: LlamaForCausalLM,
+        reference: LlamaForCausalLM,
+        batches: Mapping[Split, Batch],
+        whole: Mapping[Split, Batch] | None = None,
+        origin: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.policy, self.reference, self.batches = policy, reference, batches
+        self.whole = whole or batches
+        self.origin = origin or {}
+        self._logits: dict[Split, Tensor] = {}
+
+    def logits(self, split: Split) -> Tensor:
+        if split not in self._logits:
+            batch = self.batches[split]
+            self._logits[split] = self.policy(batch.input_ids, attention_mask=batch.attention_mask).logits
+        return self._logits[split]
+
+    def reference_logits(self, split: Split) -> Tensor:
+        batch = self.batches[split]
+        with torch.no_grad():
+            return self.reference(batch.input_ids, attention_mask=batch.attention_mask).logits
+
+    def _token_logps(self, logits: Tensor, split: Split) -> Tensor:
+        rows, positions, targets = labelled_positions(self.batches[split].labels)
+        return target_logps(logits[rows, positions], targets)
+
+    def token_logps(self, split: Split) -> Tensor:
+        return self._token_logps(self.logits(split), split)
+
+    def row(self, split: Split) -> Tensor:
+        return labelled_positions(self.batches[split].labels)[0]
+
+    def logps(self, split: Split) -> Tensor:
+        return sum_by_row(self.token_logps(split), self.row(split), len(self.batches[split]))
+
+    def num_tokens(self, split: Split) -> Tensor:
+        return self.batches[split].num_label_tokens
+
+    def reference_logps(self, split: Split) -> Tensor:
+        values = self._token_logps(self.reference_logits(split), split)
+        return sum_by_row(values, self.row(split), len(self.batches[split]))
+
+    def token_mean(self, split: Split, values: Tensor) -> Tensor:
+        return values.sum() / self.whole[split].num_label_tokens.sum()
+
+    def example_mean(self, split: Split, values: Tensor) -> Tensor:
+        return values.sum() / len(self.whole[split])
+
+    def nll(self, split: Split) -> Tensor:
+        return self.token_mean(split, -self.logps(split))
+
+    def kl(self, split: Split, positions: KLPositions = "answer") -> Tensor:
+        reference, policy = self.reference_logits(split), self.logits(split)
+        if positions == "all":
+            return kl_divergence(reference, policy).sum() / self.whole[split].labels.numel()
+        rows, where, _ = labelled_positions(self.batches[split].labels)
+        values = kl_divergence(reference[rows, where], policy[rows, where])
+        return values.sum() / self.whole[split].num_label_tokens.sum()
+
+    def hidden(self, split: Split, layer: int) -> Tensor:
+        batch = self.batches[split]
+        states = self.policy(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+        return states.hidden_states[layer]
+
+    def adapter_distance_sq(self) -> Tensor:
+        parameters = self.policy.named_parameters()
+        return torch.stack([(p - self.origin[n]).square().sum() for n, p in parameters]).sum()
+
+    def micro_share(self) -> float:
+        mine, whole = next((len(self.batches[s]), len(self.whole[s])) for s in self.batches)
+        return mine / whole
+
+
+@pytest.fixture(scope="module")
+def golden(shared_dir: Path) -> dict[str, Any]:
+    folder = shared_dir / "golden" / "losses"
+    tensors = load_file(folder / "tiny_batch.safetensors")
+    splits: tuple[Split, ...] = ("forget", "retain", "alternate")
+    return json.loads((folder / "tiny_losses.json").read_text()) | {
+        "batches": {
+            s: Batch(
+                tensors[f"{s}.input_ids"],
+                tensors[f"{s}.attention_mask"],
+                tensors[f"{s}.labels"],
+                tuple(f"{s}/{i}" for i in range(len(tensors[f"{s}.labels"]))),
+            )
+            for s in splits
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def golden_models(shared_dir: Path) -> dict[str, LlamaForCausalLM]:
+    folder = shared_dir / "golden" / "models"
+    return {n: LlamaForCausalLM.from_pretrained(folder / n, dtype=torch.float32).eval() for n in ("tiny", "tiny_ref")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_agree_with_openunlearning(
+    case: str, golden: dict[str, Any], golden_models: dict[str, LlamaForCausalLM]
+) -> None:
+    known = golden["cases"][case]
+    objective = build_objective(known["trainer"], {**known["method_args"], **parity_of(known["trainer"])})
+    policy = golden_models["tiny"]
+    reference = golden_models["tiny_ref"] if known["ref_model"] == "tiny_ref" else policy
+    policy.zero_grad(set_to_none=True)
+
+    terms = objective(ModelContext(policy, reference, golden["batches"]))
+    terms.total.backward()
+
+    assert terms.total.item() == pytest.approx(known["loss"], rel=1e-5)
+    if "retain_loss" in known:
+        assert terms.parts["retain"].item() == pytest.approx(known["retain_loss"], rel=1e-5)
+        assert terms.parts["forget"].item() == pytest.approx(known["forget_loss_derived"], rel=1e-5)
+    norms = {n: p.grad.norm().item() for n, p in policy.named_parameters() if p.grad is not None}
+    for name, norm in known["grad_norm"].items():
+        assert norms[name] == pytest.approx(norm, rel=1e-4), name
+    total = sum(n**2 for n in norms.values()) ** 0.5
+    assert total == pytest.approx(known["grad_norm_total"], rel=1e-4)
+
+
+def parity_of(method: str) -> dict[str, str]:
+    return {} if method == "GradAscent" else {"parity": "openunlearning"}
+
+
+def test_sequence_log_likelihoods_agree_with_openunlearning(
+    golden: dict[str, Any], golden_models: dict[str, LlamaForCausalLM]
+) -> None:
+    ctx = ModelContext(golden_models["tiny"], golden_models["tiny_ref"], golden["batches"])
+    with torch.no_grad():
+        for split, nll in golden["sum_nll"].items():
+            mean = -ctx.logps(split) / ctx.num_tokens(split)
+            torch.testing.assert_close(mean, torch.tensor(nll) / ctx.num_tokens(split), rtol=0, atol=1e-4)
+            assert ctx.nll(split).item() == pytest.approx(golden["mean_loss"][split], rel=1e-5)
+        for split, nll in golden["sum_nll_ref_tiny_ref"].items():
+            mean = -ctx.reference_logps(split) / ctx.num_tokens(split)
+            torch.testing.assert_close(mean, torch.tensor(nll) / ctx.num_tokens(split), rtol=0, atol=1e-4)
+
+
+def test_default_kl_ignores_padding_and_parity_kl_does_not(
+    golden: dict[str, Any], golden_models: dict[str, LlamaForCausalLM]
+) -> None:
+    """Why parity is a switch: OpenUnlearning's KL changes when a batch is padded further."""
+    batches = golden["batches"]
+    wider = {s: padded(b, 7) for s, b in batches.items()}
+    losses = {}
+    for parity in (None, "openunlearning"):
+        objective = build_objective("GradDiff", {"retain_loss_type": "KL", "parity": parity})
+        for name, given in (("narrow", batches), ("wide", wider)):
+            with torch.no_grad():
+                terms = objective(ModelContext(golden_models["tiny"], golden_models["tiny_ref"], given))
+            losses[parity, name] = terms.parts["retain"].item()
+    assert losses[None, "wide"] == pytest.approx(losses[None, "narrow"], rel=1e-5)
+    assert abs(losses["openunlearning", "wide"] / losses["openunlearning", "narrow"] - 1) > 0.01
+
+
+def padded(batch: Batch, extra: int) -> Batch:
+    def grow(tensor: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, extra), value=value)
+
+    return Batch(grow(batch.input_ids, 0), grow(batch.attention_mask, 0), grow(batch.labels, -100), batch.example_ids)
+
+
+@pytest.fixture(scope="module")
+def tiny_random() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """Policy and reference with random weights, in float64: nothing shared is needed."""
+    config = LlamaConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(LlamaForCausalLM(config).double().eval())
+    return models[0], models[1]
+
+
+def random_batch(seed: int) -> Batch:
+    """Eight rows whose numbers of labelled tokens differ, right padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 37, (8, 12), generator=generator)
+    length = torch.randint(6, 13, (8, 1), generator=generator)
+    prompt = torch.randint(1, 5, (8, 1), generator=generator)
+    at = torch.arange(12)
+    mask = (at < length).long()
+    labels = torch.where((at >= prompt) & (mask == 1), ids, -100)
+    return Batch(ids * mask, mask, labels, tuple(str(i) for i in range(8)))
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    cut = slice(start, stop)
+    return Batch(batch.input_ids[cut], batch.attention_mask[cut], batch.labels[cut], batch.example_ids[cut])
+
+
+OBJECTIVES: list[Objective] = [
+    NLL(),
+    *(build_objective(name, {}) for name in UNLEARNING_METHODS),
+    build_objective("NPO", {"retain_loss_type": "KL"}),
+    build_objective("GradDiff", {"retain_loss_type": "KL", "parity": "openunlearning"}),
+    Proximal(build_objective("NPO", {"alpha": 0.5}), mu=0.3),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_micro_batches_add_up_to_the_step(
+    objective: Objective, tiny_random: tuple[LlamaForCausalLM, LlamaForCausalLM]
+) -> None:
+    """1x8 equals 2x4 equals 8x1, in loss, parts and gradient, though rows have unequal token counts."""
+    policy, reference = tiny_random
+    whole = {split: random_batch(i) for i, split in enumerate(sorted(objective.needs.splits))}
+    origin = {n: p.detach() + 0.01 for n, p in policy.named_parameters()}
+    results = []
+    for size in (8, 4, 1):
+        policy.zero_grad(set_to_none=True)
+        loss, parts = 0.0, {}
+        for start in range(0, 8, size):
+            micro = {s: rows_of(b, start, start + size) for s, b in whole.items()}
+            ctx: StepContext = ModelContext(policy, reference, micro, whole, origin)
+            terms = objective(ctx)
+            terms.total.backward()
+            loss += terms.total.item()
+            for key, value in terms.parts.items():
+                assert not value.requires_grad
+                parts[key] = parts.get(key, 0.0) + value.item()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        results.append((loss, parts, gradient))
+    for loss, parts, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-12)
+        assert parts == pytest.approx(results[0][1], rel=1e-12)
+        torch.testing.assert_close(gradient, results[0][2], rtol=1e-9, atol=1e-12)
+    assert float(results[0][2].norm()) > 1e-3
+
+
+def test_nll_is_the_loss_of_transformers(tiny_random: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    policy, reference = tiny_random
+    batch = random_batch(3)
+    with torch.no_grad():
+        known = policy(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        ours = NLL()(ModelContext(policy, reference, {"train": batch})).total
+    assert ours.item() == pytest.approx(known.item(), rel=1e-6)
