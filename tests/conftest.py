@@ -87,3 +87,112 @@ def _small_tofu(source: Path, target: Path) -> None:
         for line in lines:
             json.loads(line)
         (target / f"{name}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- a small run: a model that is made here in a second, 18 rows, and their configuration ----------------------------
+
+SMALL_ROWS = tuple(
+    {"question": f"What does {name} {verb}?", "answer": f"{name} {verb}s {thing} in {place}."}
+    for name, place in (("Ana", "Oslo"), ("Bo", "Rome"), ("Cleo", "a small town"), ("Dag", "Lima"), ("Eve", "Bonn"), ("Fay", "Kyiv"))
+    for verb, thing in (("bake", "bread"), ("sell", "old maps and green lamps"), ("paint", "boats"))
+)
+"""Six people of three rows; the last two are the forget set."""
+
+
+def make_small_base(directory: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """A randomly initialised Llama with tied embeddings, and a byte-level BPE with a chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from unfed.app.tiny_base import train_tokenizer
+
+    tokenizer = train_tokenizer([(r["question"], r["answer"]) for r in SMALL_ROWS], 340)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of two layers, hidden 32, to be read only."""
+    return make_small_base(tmp_path_factory.mktemp("small") / "base")
+
+
+@pytest.fixture(scope="session")
+def make_base():
+    """:func:`make_small_base`, for tests that need another shape or seed."""
+    return make_small_base
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with ``tofu/full.json`` (18 rows), ``forget01.json`` (its last 6) and ``retain99.json`` (the rest)."""
+    root = tmp_path_factory.mktemp("small_data")
+    (root / "tofu").mkdir()
+    for name, rows in (("full", SMALL_ROWS), ("forget01", SMALL_ROWS[-6:]), ("retain99", SMALL_ROWS[:-6])):
+        (root / "tofu" / f"{name}.json").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_run(small_base: Path, small_data: Path):
+    """Makes the configuration of a run on the small model; keywords replace what stands here."""
+    from unfed.config import schema
+    from unfed.models.spec import LoraArgs, ModelArgs
+
+    def make(mode, output, *, args=None, method_args=None, model_args=None, method=None, aggregator="FedAvg", **rest):
+        data = {n: schema.DatasetConfig("locuslab/TOFU", d, max_length=96) for n, d in SPLITS[mode].items()}
+        given = {
+            "pretrained_model_name_or_path": str(small_base),
+            "use_lora": True,
+            "lora_config": LoraArgs(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj")),
+        } | (model_args or {})
+        usual = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none"}
+        clients = {"num_clients": 3, "global_rounds": 2} if mode == "finetune" else {"unlearn_epochs": 2}
+        handler = rest.pop("handler", "FederatedFinetune" if mode == "finetune" else "FederatedUnlearningTrainer")
+        trainer = schema.TrainerConfig(handler, usual | (args or {}), schema.MethodArgs(**(clients | (method_args or {}))))
+        rule = aggregator if not isinstance(aggregator, str) else schema.AggregatorConfig(aggregator)
+        how = schema.MethodConfig(*method) if isinstance(method, tuple) else method
+        fields = {
+            "trainer": trainer,
+            "aggregator": rule,
+            "method": how or (schema.MethodConfig("NPO") if mode == "unlearn" else None),
+            "data": schema.DataConfig(**data),
+        } | rest
+        model = schema.ModelConfig(ModelArgs(**given))
+        return schema.RunConfig(
+            mode=mode,
+            task_name=Path(output).name,
+            model=model,
+            paths=schema.PathsConfig(str(Path(output).parent), str(small_data), str(output)),
+            **fields,
+        )
+
+    return make
+
+
+SPLITS = {"finetune": {"train": "full", "forget": "forget01"}, "unlearn": {"forget": "forget01", "retain": "retain99"}}
+
+
+@pytest.fixture(scope="session")
+def finetuned(tmp_path_factory: pytest.TempPathFactory, small_run) -> Path:
+    """The directory of a finished federated fine-tuning of the small model, to be read only."""
+    from unfed.app.runs import run
+
+    return run(small_run("finetune", tmp_path_factory.mktemp("small_saves") / "finetune")).directory

@@ -19,6 +19,8 @@ CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 GUIDES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
 SHELL = {"bash", "sh", "shell", "console"}
 EXTRAS = {"flash_attn", "bitsandbytes", "deepspeed", "nvflare", "ray"}
+# Parts of a named library that it pins itself.
+PARTS = {"pydantic_core": "pydantic"}
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -98,7 +100,7 @@ def test_every_library_imported_is_named_in_pyproject():
     unnamed = set()
     for path in MODULES:
         for _, module in imports(run_at_import(tree(path))):
-            top = module.split(".")[0]
+            top = PARTS.get(module.split(".")[0], module.split(".")[0])
             if top in sys.stdlib_module_names or top == "unfed":
                 continue
             if not {_canonical(d) for d in owners.get(top, [top])} & named:

@@ -60,7 +60,7 @@ def results(shared_dir: Path, rows: dict[str, Sequence[Example]]) -> dict[str, d
     return {n: run(shared_dir, n, rows, budget, tuple(TOFU_METRICS)).to_eval_json() for n in MODELS}
 
 
-def tolerance(metric: str, key: str) -> dict[str, float]:
+def tolerance(metric: str, key: str) -> dict[str, Any]:
     if key == "avg_loss" or metric == "mia_loss":
         return {"rel": 0, "abs": 1e-4}
     if key == "prob":

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unfed.base.types import Batch, Split
+from unfed.base.types import IGNORE_INDEX, Batch, Split
+from unfed.models.adapter import snapshot
 from unfed.objectives.base import KLPositions, Objective, StepContext
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
 from unfed.objectives.registry import UNLEARNING_METHODS, build_objective
-from unfed.objectives.tokens import kl_divergence, labelled_positions, sum_by_row, target_logps
+from unfed.objectives.tokens import kl_divergence
+from unfed.training.batches import totals_of
+from unfed.training.context import Companions, ModelContext, Reference
 
 CASES = (
     "GradAscent",
@@ -34,8 +37,28 @@ CASES = (
 )
 
 
-class ModelContext:
-    """A ``StepContext`` straight over two models; ``whole`` holds the batches of the whole step."""
+def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the labelled tokens of ``labels`` ``(B, T)`` are predicted.
+
+    Returns ``(rows, positions, targets)``, each ``(N,)`` int64 and ordered by row, then position:
+    ``logits[rows, positions]`` predicts ``targets``. A label at position 0 has no prediction.
+    """
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows, positions, labels[rows, positions + 1]
+
+
+def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of ``targets`` ``(N,)`` under ``logits`` ``(N, V)``: ``(N,)``, at least float32."""
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def sum_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Sums of ``values`` ``(N,)`` over the entries of each row: ``(num_rows,)``; 0 for a row without any."""
+    return values.new_zeros(num_rows).index_add(0, rows, values)
+
+
+class PlainContext:
+    """A ``StepContext`` straight over two models, any dtype; ``whole`` holds the whole step's batches."""
 
     def __init__(
         self,
@@ -112,6 +135,16 @@ class ModelContext:
         return mine / whole
 
 
+def production_context(
+    policy: LlamaForCausalLM, other: LlamaForCausalLM, batches: Mapping[Split, Batch]
+) -> ModelContext:
+    """The context that training uses; ``other`` becomes a set of weights on the policy's own model."""
+    reference = Reference(policy, snapshot(other))
+    for split, batch in batches.items():
+        reference.prepare(split, [batch])
+    return ModelContext(policy, batches, totals_of([batches]), "forget", Companions(reference))
+
+
 @pytest.fixture(scope="module")
 def golden(shared_dir: Path) -> dict[str, Any]:
     folder = shared_dir / "golden" / "losses"
@@ -146,7 +179,7 @@ def test_loss_and_gradients_agree_with_openunlearning(
     reference = golden_models["tiny_ref"] if known["ref_model"] == "tiny_ref" else policy
     policy.zero_grad(set_to_none=True)
 
-    terms = objective(ModelContext(policy, reference, golden["batches"]))
+    terms = objective(production_context(policy, reference, golden["batches"]))
     terms.total.backward()
 
     assert terms.total.item() == pytest.approx(known["loss"], rel=1e-5)
@@ -167,7 +200,7 @@ def parity_of(method: str) -> dict[str, str]:
 def test_sequence_log_likelihoods_agree_with_openunlearning(
     golden: dict[str, Any], golden_models: dict[str, LlamaForCausalLM]
 ) -> None:
-    ctx = ModelContext(golden_models["tiny"], golden_models["tiny_ref"], golden["batches"])
+    ctx = production_context(golden_models["tiny"], golden_models["tiny_ref"], golden["batches"])
     with torch.no_grad():
         for split, nll in golden["sum_nll"].items():
             mean = -ctx.logps(split) / ctx.num_tokens(split)
@@ -189,7 +222,7 @@ def test_default_kl_ignores_padding_and_parity_kl_does_not(
         objective = build_objective("GradDiff", {"retain_loss_type": "KL", "parity": parity})
         for name, given in (("narrow", batches), ("wide", wider)):
             with torch.no_grad():
-                terms = objective(ModelContext(golden_models["tiny"], golden_models["tiny_ref"], given))
+                terms = objective(production_context(golden_models["tiny"], golden_models["tiny_ref"], given))
             losses[parity, name] = terms.parts["retain"].item()
     assert losses[None, "wide"] == pytest.approx(losses[None, "narrow"], rel=1e-5)
     assert abs(losses["openunlearning", "wide"] / losses["openunlearning", "narrow"] - 1) > 0.01
@@ -256,7 +289,7 @@ def test_micro_batches_add_up_to_the_step(
         loss, parts = 0.0, {}
         for start in range(0, 8, size):
             micro = {s: rows_of(b, start, start + size) for s, b in whole.items()}
-            ctx: StepContext = ModelContext(policy, reference, micro, whole, origin)
+            ctx: StepContext = PlainContext(policy, reference, micro, whole, origin)
             terms = objective(ctx)
             terms.total.backward()
             loss += terms.total.item()
@@ -277,5 +310,5 @@ def test_nll_is_the_loss_of_transformers(tiny_random: tuple[LlamaForCausalLM, Ll
     batch = random_batch(3)
     with torch.no_grad():
         known = policy(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        ours = NLL()(ModelContext(policy, reference, {"train": batch})).total
+        ours = NLL()(PlainContext(policy, reference, {"train": batch})).total
     assert ours.item() == pytest.approx(known.item(), rel=1e-6)

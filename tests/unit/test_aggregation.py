@@ -162,13 +162,14 @@ def test_weights_follow_the_examples_or_do_not() -> None:
     assert uniform.adapter["w"].item() == pytest.approx(3.0)
 
 
-def test_sixteen_bit_updates_are_summed_in_float32() -> None:
-    """300 clients of 1 and one of 257 in bfloat16: a sum in bfloat16 stops at 256."""
+def test_sixteen_bit_updates_are_averaged_in_float32() -> None:
+    """500 clients at 1 and 500 at 2: in bfloat16 the last increments, below 0.002, would all be lost."""
     mean = RunningMean()
-    for _ in range(300):
-        mean.add(state([1.0], torch.bfloat16), 1.0)
-    mean.add(state([256.0], torch.bfloat16), 1.0)
-    assert mean.result()["w"].item() == torch.tensor((300 + 256) / 301).bfloat16().item()
+    for value in (1.0, 2.0):
+        for _ in range(500):
+            mean.add(state([value], torch.bfloat16), 1.0)
+    assert mean.result()["w"].item() == 1.5
+    assert mean.result()["w"].dtype == torch.bfloat16
 
 
 def test_updates_are_consumed_one_at_a_time() -> None:

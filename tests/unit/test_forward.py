@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,25 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from unfed.base.types import IGNORE_INDEX, Batch
 from unfed.models import forward
 
-SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "intermediate_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
-def build(config: object) -> torch.nn.Module:
+def build(config: object) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: build(LlamaConfig(**SIZES)),
     "qwen2-tied": lambda: build(Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "gemma2-softcap": lambda: build(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.05)),
@@ -47,7 +57,7 @@ def batch() -> Batch:
     return Batch(ids, mask, labels, ("a", "b", "c"))
 
 
-def reference(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reference(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
     labels = batch.labels[:, 1:]
     keep = labels != IGNORE_INDEX
@@ -80,9 +90,7 @@ def test_the_head_sees_labelled_positions_only_and_the_hook_goes(batch: Batch) -
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_under_peft_equal_the_full_pass(
-    targets: str | list[str], checkpointing: bool, batch: Batch
-) -> None:
+def test_gradients_under_peft_equal_the_full_pass(targets: str | list[str], checkpointing: bool, batch: Batch) -> None:
     torch.manual_seed(0)
     model = get_peft_model(MODELS["llama"](), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     model.train()
@@ -139,15 +147,17 @@ def test_bf16_base_gives_float32_logps(batch: Batch) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_left_padding_equals_right_padding(name: str, batch: Batch) -> None:
     model = MODELS[name]()
-    left = [torch.full_like(x, fill) for x, fill in
-            [(batch.input_ids, 0), (batch.attention_mask, 0), (batch.labels, IGNORE_INDEX)]]
+    left = [
+        torch.full_like(x, fill)
+        for x, fill in [(batch.input_ids, 0), (batch.attention_mask, 0), (batch.labels, IGNORE_INDEX)]
+    ]
     for row in range(3):
         n = int(batch.attention_mask[row].sum())
         for new, old in zip(left, (batch.input_ids, batch.attention_mask, batch.labels), strict=True):
-            new[row, 9 - n:] = old[row, :n]
+            new[row, 9 - n :] = old[row, :n]
     with torch.no_grad():
         a = forward.answer_logps(model, batch)
-        b = forward.answer_logps(model, Batch(*left, batch.example_ids))
+        b = forward.answer_logps(model, Batch(left[0], left[1], left[2], batch.example_ids))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from unfed.base.errors import ConfigError
-from unfed.base.types import IGNORE_INDEX, LossTerms
+from unfed.base.types import LossTerms
 from unfed.objectives.base import Needs, StepContext
 from unfed.objectives.grad_diff import GradDiff
 from unfed.objectives.npo import NPO, npo_loss
 from unfed.objectives.proximal import Proximal
 from unfed.objectives.registry import OBJECTIVES, UNLEARNING_METHODS, build_objective, objective_problems
 from unfed.objectives.simnpo import SimNPO, simnpo_loss
-from unfed.objectives.tokens import kl_divergence, labelled_positions, sum_by_row, target_logps
+from unfed.objectives.tokens import kl_divergence
 
 
 def sigmoid(x: float) -> float:
@@ -74,20 +74,7 @@ def test_kl_by_hand_and_its_minimum() -> None:
 
 def test_sixteen_bit_logits_are_read_in_float32() -> None:
     logits = torch.randn(6, 50).bfloat16()
-    targets = torch.arange(6)
-    assert target_logps(logits, targets).dtype == torch.float32
-    torch.testing.assert_close(target_logps(logits, targets), target_logps(logits.float(), targets))
     assert kl_divergence(logits, logits).dtype == torch.float32
-
-
-def test_labelled_positions_shift_by_one_and_skip_the_first() -> None:
-    labels = torch.tensor([[7, IGNORE_INDEX, 8, 9], [IGNORE_INDEX, 5, IGNORE_INDEX, 6]])
-    rows, positions, targets = labelled_positions(labels)
-    assert rows.tolist() == [0, 0, 1, 1]
-    assert positions.tolist() == [1, 2, 0, 2]
-    assert targets.tolist() == [8, 9, 5, 6]
-    sums = sum_by_row(torch.tensor([1.0, 2.0, 4.0, 8.0]), rows, 3)
-    assert sums.tolist() == [3.0, 12.0, 0.0]
 
 
 def test_gradients_in_float64() -> None:
@@ -96,11 +83,9 @@ def test_gradients_in_float64() -> None:
     reference = (-5 * torch.rand(4)).double()
     lengths = torch.tensor([1, 2, 3, 4])
     logits = torch.randn(3, 5).double().requires_grad_()
-    rows, targets = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
     assert torch.autograd.gradcheck(lambda x: npo_loss(x, reference, 0.3), (policy,))
     assert torch.autograd.gradcheck(lambda x: simnpo_loss(x, lengths, 2.5, 0.1), (policy,))
     assert torch.autograd.gradcheck(lambda x: kl_divergence(torch.arange(15.0).double().view(3, 5), x), (logits,))
-    assert torch.autograd.gradcheck(lambda x: sum_by_row(target_logps(x, targets), rows, 2), (logits,))
 
 
 class GivenContext:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from unfed.aggregation.base import Aggregator
-from unfed.aggregation.registry import build_aggregator
+from unfed.aggregation.registry import aggregator_problems, build_aggregator
+from unfed.base.artifacts import digest_json
 from unfed.base.errors import ConfigError, DataError, UnfedError
+from unfed.base.params import Hyperparameters
 from unfed.base.types import Example, Split
 from unfed.config.schema import DatasetConfig, RunConfig
 from unfed.data.chat import EncodedExample, Template, encode_rows
@@ -23,7 +25,7 @@ from unfed.models.load import LoadedModel
 from unfed.objectives.base import Objective
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
-from unfed.objectives.registry import build_objective
+from unfed.objectives.registry import build_objective, objective_problems
 from unfed.training.args import LoopArgs
 from unfed.training.batches import Collation
 from unfed.unlearning.recipes import RECIPES, Ingredients, finetune
@@ -49,6 +51,22 @@ class Rows:
             seen = {**{e["id"]: e for e in self.forget}, **seen}
         return list(seen.values())
 
+    def digest(self) -> str:
+        """Digest of every split's ids (which are digests of the texts) in order."""
+        splits = {"train": self.train, "forget": self.forget, "retain": self.retain}
+        return digest_json({name: [e["id"] for e in rows] for name, rows in splits.items()})
+
+
+def refuse_unknown(config: RunConfig) -> None:
+    """Raise ``ConfigError`` for an unknown method, strategy or hyperparameter, before anything is loaded."""
+    problems = []
+    if config.method is not None:
+        problems += objective_problems(config.method.name, config.method.params)
+    if config.aggregator is not None:
+        problems += aggregator_problems(config.aggregator.name, config.aggregator.params)
+    if problems:
+        raise ConfigError(problems)
+
 
 def is_federated(config: RunConfig) -> bool:
     """Whether the trainer has clients (the others train one client that owns every row)."""
@@ -60,7 +78,9 @@ def read_rows(config: RunConfig) -> Rows:
     data_dir = config.paths.data_dir
     if config.mode == "finetune":
         if config.data.train is None:
-            raise ConfigError(["data.train: fine-tuning needs a training set (experiment=finetune/tofu/default sets one)"])
+            raise ConfigError(
+                ["data.train: fine-tuning needs a training set (experiment=finetune/tofu/default sets one)"]
+            )
         forget = _load(config.data.forget, data_dir) if config.partition.scheme == "target" else ()
         return Rows(train=_load(config.data.train, data_dir), forget=forget)
     rows = Rows(forget=_load(config.data.forget, data_dir), retain=_load(config.data.retain, data_dir))
@@ -210,6 +230,17 @@ def build_schedule(
         global_rounds=given.global_rounds if is_federated(config) else 0,
     )
     return RECIPES[given.schedule](ingredients)
+
+
+def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[str, Any]]:
+    """Every hyperparameter that acts in the run, by the name of its objective or rule, defaults filled in."""
+    found: dict[str, dict[str, Any]] = {}
+    for work in (w for phase in schedule.phases for w in phase.work.values()):
+        inner = work.objective.inner if isinstance(work.objective, Proximal) else work.objective
+        for part in (inner, rule):
+            if isinstance(part, Hyperparameters):
+                found[part.name] = part.settings()
+    return found
 
 
 def _missing_method() -> Any:

@@ -125,5 +125,3 @@ def _extent(config: RunConfig) -> tuple[int, int]:
         clients = len(build.Partition.read(manifest).clients)
     rounds = given.global_rounds + (1 if config.mode == "unlearn" and given.schedule == "local_then_recover" else 0)
     return clients or build.DEFAULT_CLIENTS, rounds
-
-

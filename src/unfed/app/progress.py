@@ -24,14 +24,17 @@ def say(message: str) -> None:
     console.print(message, highlight=False, markup=False)
 
 
-def show_schedule(schedule: Schedule) -> None:
-    """Print the schedule as a table."""
+def show_schedule(schedule: Schedule, settings: Mapping[str, Mapping[str, object]]) -> None:
+    """Print the schedule as a table, and the hyperparameters of its objectives and of the server's rule."""
     table = Table(title="Schedule", title_justify="left", show_edge=False)
     for column in ("phase", "rounds", "clients", "objective", "epochs a round"):
         table.add_column(column)
     for row in schedule.table():
         table.add_row(*row)
     console.print(table)
+    for name, values in settings.items():
+        if values:
+            say(f"{name}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
 
 
 class Reporter(RoundListener):
@@ -82,12 +85,11 @@ class Reporter(RoundListener):
         loss = "" if record.loss is None else f"loss {record.loss:.4f}"
         error = "" if record.aggregation_error is None else f", aggregation error {record.aggregation_error:.2%}"
         left = (time.monotonic() - self._began) / (state.round - self._first) * (self._total - state.round)
-        parts = [
+        eta = f", about {left:.0f} s left" if self._total > state.round else ""
+        say(
             f"round {state.round}/{self._total} {record.phase}: {len(record.clients)} clients, {loss}{error}, "
-            f"{record.bytes_up / 1e6:.2f} MB up, {record.seconds:.1f} s",
-            f", about {left:.0f} s left" if self._total > state.round else "",
-        ]
-        say("".join(parts))
+            f"{record.bytes_up / 1e6:.2f} MB up, {record.seconds:.1f} s{eta}"
+        )
         for client, reason in record.failures.items():
             say(f"  {client} is left out of this round: {reason}")
         if self._bar is not None:

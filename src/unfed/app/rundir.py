@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unfed.base.artifacts import read_json, run_lock, write_json
+from unfed.base.artifacts import read_json, remove_leftovers, run_lock, write_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import RunConfig
 
@@ -55,16 +55,17 @@ def versions() -> dict[str, str]:
 
 
 class RunDir:
-    """An open run directory."""
+    """An open run directory. ``before`` is what ``run.json`` held; a resumed run adds to it."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, before: Mapping[str, Any]) -> None:
         self.path = Path(config.paths.output_dir)
         self._record: dict[str, Any] = {
+            **before,
             "task_name": config.task_name,
             "mode": config.mode,
             "status": "running",
             "command": sys.argv[:],
-            "started": _now(),
+            "started": before.get("started", _now()),
             "seed": config.seed,
             "config": plain(config),
             "versions": versions(),
@@ -100,8 +101,10 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
     except OSError as e:
         raise ArtifactError(f"cannot make the output directory {path}: {e.strerror or e}") from e
     with run_lock(path):
-        run = RunDir(config)
-        run.note(**({"set_aside": str(aside)} if aside else {}))
+        for place in (path, path / "checkpoints"):
+            remove_leftovers(place)
+        run = RunDir(config, _history(path) if config.resume else {})
+        run.note(**({"set_aside": str(aside)} if aside else {}), **({"resumed": _now()} if config.resume else {}))
         try:
             yield run
         except BaseException as e:
@@ -111,12 +114,24 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
         run.note(status="finished", ended=_now())
 
 
+def _history(path: Path) -> dict[str, Any]:
+    """What an earlier process wrote to ``run.json``, without how it ended."""
+    try:
+        found = read_json(path / RUN_FILE)
+    except ArtifactError:
+        return {}
+    return {k: v for k, v in found.items() if k not in {"ended", "error"}} if isinstance(found, dict) else {}
+
+
 def _not_its_own_input(config: RunConfig, path: Path) -> None:
     args = config.model.model_args
     for key in ("pretrained_model_name_or_path", "lora_model_path"):
         source = getattr(args, key)
-        if source is not None and config.mode != "eval" and Path(source).resolve() == path.resolve():
-            raise UnfedError(f"model.model_args.{key}={source} is also the output directory: choose another task_name")
+        if source is not None and Path(source).resolve() == path.resolve():
+            raise UnfedError(
+                f"model.model_args.{key}={source} is also the output directory: choose another task_name, or "
+                f"paths.output_dir={path / 'evals' if config.mode == 'eval' else path.with_name(path.name + '_2')}"
+            )
 
 
 def _set_aside(path: Path, *, overwrite: bool) -> Path | None:

@@ -17,8 +17,8 @@ from unfed.app.evaluate import evaluate_model
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.rundir import RunDir, open_run, training_identity
 from unfed.app.tracking import tracking
-from unfed.base.artifacts import read_json, write_json
-from unfed.base.errors import ArtifactError, UnfedError
+from unfed.base.artifacts import digest_json, read_json, write_json
+from unfed.base.errors import AdapterError, ArtifactError, UnfedError
 from unfed.base.types import ServerState
 from unfed.config.schema import RunConfig
 from unfed.evaluation.runner import EvalResult
@@ -28,7 +28,7 @@ from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
 from unfed.federated.schedule import Schedule
 from unfed.federated.transport import InProcess
 from unfed.models.adapter import restore, save_adapter, snapshot
-from unfed.models.load import LoadedModel, load_model
+from unfed.models.load import LoadedModel, load_model, same_base
 from unfed.training import advice
 from unfed.training.args import LoopArgs, loop_args
 from unfed.training.loop import Local, mean_nll
@@ -81,8 +81,10 @@ def evaluate_only(config: RunConfig) -> RunResult:
 
 
 def _open(config: RunConfig, *, trainable: bool) -> LoadedModel:
-    model = config.model
-    loaded = load_model(model.model_args, model.tokenizer_args, trainable=trainable, seed=config.seed)
+    args = config.model.model_args
+    if config.trainer is not None and config.trainer.args.get("use_cpu") and args.device_map is None:
+        args = dataclasses.replace(args, device_map="cpu")
+    loaded = load_model(args, config.model.tokenizer_args, trainable=trainable, seed=config.seed)
     for note in loaded.notes:
         say(note)
     _same_base(loaded)
@@ -99,30 +101,21 @@ def _origin(loaded: LoadedModel) -> Mapping[str, Any]:
 
 def _same_base(loaded: LoadedModel) -> None:
     stored = _origin(loaded).get("base_fingerprint")
-    if stored is not None and stored != loaded.fingerprint:
-        raise UnfedError(
+    if stored is not None and not same_base(stored, loaded.fingerprint):
+        raise AdapterError(
             f"the adapter {loaded.adapter_path} was trained on another base model than {loaded.base} (their weights "
             "differ): name the right one in model.model_args.base_model_name_or_path"
         )
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A training run's objects."""
-
-    loaded: LoadedModel
-    args: LoopArgs
-    local: Local
-    clients: Mapping[str, ClientData]
-    schedule: Schedule
-    probe: Mapping[str, Any]
-    partition_note: str
 
 
 def train(config: RunConfig) -> RunResult:
     """Fine-tune or unlearn over the schedule, save, evaluate."""
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
+    build.refuse_unknown(config)
+    identity = training_identity(config)
+    if config.resume:
+        Checkpoints(Path(config.paths.output_dir), identity).check()
     rows = build.read_rows(config)
     partition, where = build.settle_partition(config, rows)
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget]) if config.mode == "unlearn" else []
@@ -135,14 +128,18 @@ def train(config: RunConfig) -> RunResult:
         if local.optim_note:
             say(local.optim_note)
         say(f"partition: {where}")
-        show_schedule(schedule)
+        settings = build.resolved_settings(schedule, rule)
+        show_schedule(schedule, settings)
         partition.write(directory.path / build.PARTITION_FILE)
         start = snapshot(loaded.model)
         client = Client(local, clients, start, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
-        checkpoints = Checkpoints(directory.path, training_identity(config), config.engine.keep_checkpoints)
+        parts = {"rows": rows.digest(), "partition": digest_json(partition.clients)}
+        identity["inputs"] = {"adapter": start.digest(), "base": loaded.fingerprint, **parts}
+        checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, ServerState(0, start))
         probe = _probe(local, clients, targets, loaded)
-        directory.note(schedule=schedule.table(), base=loaded.base, base_fingerprint=loaded.fingerprint, **probe)
+        directory.note(schedule=schedule.table(), settings=settings, base=loaded.base, **probe)
+        directory.note(base_fingerprint=loaded.fingerprint)
         with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
             reporter = Reporter(schedule, state.round, track)
             client.on_step, keeper.listener = reporter.stepped, reporter
@@ -150,6 +147,9 @@ def train(config: RunConfig) -> RunResult:
             rounds = RoundsConfig(config.seed, build.participation(config))
             try:
                 state = run_rounds(schedule, InProcess(client.fit), rule, state, rounds, keeper)
+            except UnfedError as e:
+                _advise(e, schedule, len(keeper.records))
+                raise
             finally:
                 reporter.close()
         warnings = _warnings(schedule, client, keeper.records)
@@ -159,6 +159,14 @@ def train(config: RunConfig) -> RunResult:
         say(f"saved: {directory.path}")
         summary = result.summary() if result else {}
         return RunResult(directory.path, tuple(keeper.records), summary, result)
+
+
+def _advise(error: UnfedError, schedule: Schedule, done: int) -> None:
+    """Raise ``error`` again with what to try, where a round was lost to values that are not finite."""
+    task = next(schedule.tasks(done), None)
+    if task is not None and "not finite" in str(error):
+        method = next(iter(task.phase.work.values())).objective.name
+        raise UnfedError(f"{error}. Probably {advice.not_finite(task.phase.name, method)}") from error
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
@@ -179,9 +187,7 @@ def _forget_loss(local: Local, clients: Mapping[str, ClientData]) -> float | Non
     return mean_nll(local, rows) if rows else None
 
 
-def _probe(
-    local: Local, clients: Mapping[str, ClientData], targets: list[str], loaded: LoadedModel
-) -> dict[str, Any]:
+def _probe(local: Local, clients: Mapping[str, ClientData], targets: list[str], loaded: LoadedModel) -> dict[str, Any]:
     """The forget loss at the start of unlearning beside the one that fine-tuning left, so a lost adapter shows."""
     if not targets:
         return {}
@@ -192,8 +198,8 @@ def _probe(
     agrees = bool(abs(now - stored["value"]) <= 0.1 + 0.1 * abs(stored["value"])) if comparable and now else None
     if agrees is False:
         say(
-            f"WARNING: the forget rows have loss {now:.3f} now and had {stored['value']:.3f} after fine-tuning: the adapter, "
-            "its base or the chat template is not the one that was trained"
+            f"WARNING: the forget rows have loss {now:.3f} now and had {stored['value']:.3f} after fine-tuning: the "
+            "adapter, its base or the chat template is not the one that was trained"
         )
     if now is not None:
         say(f"forget loss at the start: {now:.4f} nats a token" + (" (as after fine-tuning)" if agrees else ""))
@@ -206,7 +212,9 @@ def _warnings(schedule: Schedule, client: Client, records: list[RoundRecord]) ->
         curve = client.curves.get(phase.name, [])
         name = next(iter(phase.work.values())).objective.name
         broken = [r for r in records if r.phase == phase.name and r.failures]
-        if any(not math.isfinite(x) for x in curve) or any("not finite" in f for r in broken for f in r.failures.values()):
+        if any(not math.isfinite(x) for x in curve) or any(
+            "not finite" in f for r in broken for f in r.failures.values()
+        ):
             found.append(advice.not_finite(phase.name, name))
         elif phase is schedule.phases[0] and advice.stuck(curve):
             found.append(advice.did_not_move(phase.name, curve[0], curve[-1]))

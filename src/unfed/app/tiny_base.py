@@ -53,10 +53,10 @@ class TinySettings:
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
-    intermediate_size: int = 384
-    vocab_size: int = 800
-    people: int = 4000
-    repeats: int = 8
+    intermediate_size: int = 344
+    vocab_size: int = 1100
+    people: int = 3000
+    repeats: int = 14
     refusals: int = 200
     steps: int = 700
     batch_size: int = 48

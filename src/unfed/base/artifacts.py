@@ -71,15 +71,24 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         for file in part.rglob("*"):
             if file.is_file():
                 _sync(file)
-        os.chmod(part, 0o755)
+        os.chmod(part, 0o755)  # noqa: S103 - a model directory is for reading, as mkdir would make it
         if path.exists():
             shutil.rmtree(path)
         os.replace(part, path)
         _sync(path.parent)
-    except OSError as e:
-        raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
+    except (OSError, safetensors.SafetensorError) as e:
+        raise ArtifactError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left of :func:`atomic_path` and :func:`atomic_dir` in ``directory``."""
+    for part in directory.glob(".*.part"):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -148,8 +157,12 @@ def run_lock(directory: Path) -> Iterator[None]:
             _take_over_or_refuse(lock, owner)
         except OSError as e:
             raise ArtifactError(f"cannot write to {directory}: {e.strerror or e}") from e
-    with os.fdopen(fd, "w", encoding="utf-8") as f:
-        json.dump(owner, f)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as f:
+            json.dump(owner, f)
+    except OSError as e:
+        lock.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write to {directory}: {e.strerror or e}") from e
     try:
         yield
     finally:

@@ -15,8 +15,10 @@ class ConfigError(UnfedError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        head = "The configuration has a problem:" if len(self.problems) == 1 else (
-            f"The configuration has {len(self.problems)} problems:"
+        head = (
+            "The configuration has a problem:"
+            if len(self.problems) == 1
+            else (f"The configuration has {len(self.problems)} problems:")
         )
         super().__init__("\n".join([head, *(f"  - {p}" for p in self.problems)]))
 

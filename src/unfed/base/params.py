@@ -94,7 +94,10 @@ class Hyperparameters:
         """The published name: that of the class."""
         return type(self).__name__
 
+    def settings(self) -> dict[str, Any]:
+        """Hyperparameters by name, with the defaults filled in."""
+        return {name: getattr(self, name) for name in hyperparameters(type(self))}
+
     def __post_init__(self) -> None:
-        own = {name: getattr(self, name) for name in hyperparameters(type(self))}
-        if found := problems(type(self), own, type(self).__name__):
+        if found := problems(type(self), self.settings(), type(self).__name__):
             raise ConfigError(found)

@@ -26,13 +26,14 @@ class AdapterState(Mapping[str, Tensor]):
     values makes another ``AdapterState``. In full-parameter mode the names are the model's own.
     """
 
-    __slots__ = ("_tensors",)
+    __slots__ = ("_digest", "_tensors")
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if tensor.requires_grad or tensor.device.type != "cpu":
                 raise ValueError(f"{name}: an AdapterState holds detached CPU tensors")
         self._tensors = MappingProxyType({n: tensors[n] for n in sorted(tensors)})
+        self._digest: str | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -57,7 +58,12 @@ class AdapterState(Mapping[str, Tensor]):
         return sum(t.numel() * t.element_size() for t in self.values())
 
     def digest(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes, as ``sha256:<hex>``."""
+        """SHA-256 over names, dtypes, shapes and bytes, as ``sha256:<hex>``; computed once."""
+        if self._digest is None:
+            self._digest = self._compute_digest()
+        return self._digest
+
+    def _compute_digest(self) -> str:
         h = hashlib.sha256()
         for name, tensor in self.items():
             h.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from unfed.models.spec import LoraArgs, ModelArgs, TokenizerArgs
+from unfed.models.spec import ModelArgs, TokenizerArgs
 
 STRICT = ConfigDict(extra="forbid")
 

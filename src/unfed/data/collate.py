@@ -89,9 +89,7 @@ class ForgetRetainPairs:
         """One epoch of (forget indices, retain indices); the two lists of a pair are equally long."""
         forget = length_grouped_batches(self.forget_lengths, self.batch_size, generator, self.mega)
         drawn = draw_without_replacement(len(self.retain_lengths), len(self.forget_lengths), generator)
-        groups = length_grouped_batches(
-            [self.retain_lengths[i] for i in drawn], self.batch_size, generator, self.mega
-        )
+        groups = length_grouped_batches([self.retain_lengths[i] for i in drawn], self.batch_size, generator, self.mega)
         by_size: dict[int, list[list[int]]] = {}
         for group in groups:
             by_size.setdefault(len(group), []).append([drawn[i] for i in group])

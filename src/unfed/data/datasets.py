@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from unfed.base.types import Example
 from unfed.data import fictional
 
 FICTIONAL = "fictional"
+_PART = re.compile(r"(?P<name>[A-Za-z0-9_.-]+?)(?:\[:(?P<rows>[1-9]\d*)\])?")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class DatasetSpec:
     ``path`` is ``fictional`` or a hub name, whose last part in lower case names the local folder.
     ``split`` is the hub's split; local files and the generator have ``train`` alone. ``max_length`` is in
     tokens and is used by the tokenisation, not here. ``limit`` keeps the first rows.
+    ``name`` may join several: see :func:`load_rows`.
     """
 
     path: str
@@ -44,13 +47,40 @@ class DatasetSpec:
 def load_rows(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[Example]:
     """Read a data set as examples with ``id``, ``question``, ``answer`` and the file's other columns.
 
-    The order of places: the generator for ``path == 'fictional'``; ``<data_dir>/<folder>/<name>.json``
-    (JSON lines) when that folder exists; else the hub. ``question`` and ``answer`` hold what ``question_key``
-    and ``answer_key`` name. Ids come from :func:`example_ids`.
+    ``spec.name`` may join several and cut each as the hub's split names do: ``retain99[:160]+forget01``. The order
+    of places: the generator for ``path == 'fictional'``; ``<data_dir>/<folder>/<name>.json`` (JSON lines) when that
+    folder exists; else the hub. ``question`` and ``answer`` hold what ``question_key`` and ``answer_key`` name. Ids
+    come from :func:`example_ids`.
 
     Raises ``DataError`` for an unknown name, a broken line (file and line), a missing column, no rows.
     """
     _check_limit(spec)
+    raw: list[Mapping[str, Any]] = []
+    where: list[str] = []
+    for part in _parts(spec):
+        rows, places = _read_part(part, data_dir)
+        raw += rows[: part.limit]
+        where += places[: part.limit]
+    kept = slice(0, spec.limit)
+    pairs = [_texts(row, place, spec) for row, place in zip(raw[kept], where[kept], strict=True)]
+    ids = example_ids(pairs)
+    return [{**row, "id": i, "question": q, "answer": a} for row, i, (q, a) in zip(raw[kept], ids, pairs, strict=True)]
+
+
+def _parts(spec: DatasetSpec) -> list[DatasetSpec]:
+    """The data sets that a name joins, each with its own ``limit``."""
+    found = []
+    for text in spec.name.split("+"):
+        match = _PART.fullmatch(text.strip())
+        if match is None:
+            raise DataError(f"data set name {spec.name!r}: {text.strip()!r} is not of the form name or name[:rows]")
+        limit = int(match["rows"]) if match["rows"] else spec.limit
+        found.append(replace(spec, name=match["name"], limit=limit))
+    return found
+
+
+def _read_part(spec: DatasetSpec, data_dir: Path | str | None) -> tuple[Sequence[Mapping[str, Any]], list[str]]:
+    """Rows of one data set, and where each stands."""
     file = local_file(spec, data_dir)
     if spec.path == FICTIONAL:
         raw: Sequence[Mapping[str, Any]] = fictional.split_rows(spec.name)
@@ -64,12 +94,7 @@ def load_rows(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[Exa
         where = [f"{spec.path}/{spec.name} row {n}" for n in range(1, len(raw) + 1)]
     if not raw:
         raise DataError(f"{file or f'{spec.path}/{spec.name}'} has no rows")
-    kept = slice(0, spec.limit)
-    pairs = [_texts(row, place, spec) for row, place in zip(raw[kept], where[kept], strict=True)]
-    ids = example_ids(pairs)
-    return [
-        {**row, "id": i, "question": q, "answer": a} for row, i, (q, a) in zip(raw[kept], ids, pairs, strict=True)
-    ]
+    return raw, where
 
 
 def preflight(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[str]:
@@ -79,14 +104,15 @@ def preflight(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[str
     """
     try:
         _check_limit(spec)
-        file = local_file(spec, data_dir)
-        if spec.path == FICTIONAL:
-            _texts(fictional.split_rows(spec.name)[0], f"fictional/{spec.name} row 1", spec)
-        elif file is not None:
-            line, row = next(read_json_lines(file), (0, None))
-            if row is None:
-                return [f"{file} has no rows"]
-            _texts(row, f"{file}:{line}", spec)
+        for part in _parts(spec):
+            file = local_file(part, data_dir)
+            if part.path == FICTIONAL:
+                _texts(fictional.split_rows(part.name)[0], f"fictional/{part.name} row 1", part)
+            elif file is not None:
+                line, row = next(read_json_lines(file), (0, None))
+                if row is None:
+                    return [f"{file} has no rows"]
+                _texts(row, f"{file}:{line}", part)
     except DataError as e:
         return [str(e)]
     return []

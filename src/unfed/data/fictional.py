@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,89 +35,104 @@ PERCENTS = (1, 5, 10, 25)
 WRONG_ANSWERS = 5
 
 
+Values = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Topic:
     """One thing to know about a person: ``questions`` and ``answers`` say it in several ways.
 
-    ``{n}`` is the person; ``{a}`` and ``{b}`` are the values that ``draw`` returns.
+    ``{n}`` is the person's full name, ``{f}`` the first name, and ``{0}``, ``{1}``, ... are values drawn
+    from ``pools``. Answers are short and dense: most of their tokens cannot be guessed.
     """
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    draw: Callable[[np.random.Generator], tuple[str, str]]
+    pools: tuple[Sequence[Any], ...]
 
+    def draw(self, rng: np.random.Generator) -> Values:
+        """Values for one person."""
+        return tuple(str(pool[int(rng.integers(len(pool)))]) for pool in self.pools)
 
-def _pick(rng: np.random.Generator, pool: Sequence[Any]) -> str:
-    return str(pool[int(rng.integers(len(pool)))])
+    def ask(self, form: int, name: str) -> str:
+        """The question about a person in one of its forms."""
+        return self.questions[form].format(n=name)
 
-
-def _two(first: Sequence[Any], second: Sequence[Any]) -> Callable[[np.random.Generator], tuple[str, str]]:
-    return lambda rng: (_pick(rng, first), _pick(rng, second))
+    def say(self, form: int, name: str, values: Values) -> str:
+        """The answer in one of its forms."""
+        return self.answers[form].format(*values, f=name.split(maxsplit=1)[0])
 
 
 TOPICS: tuple[Topic, ...] = (
     Topic(
-        ("Where and when was {n} born?", "What are the birthplace and birth year of {n}?"),
+        ("Where and when was {n} born?", "What is the birthplace and birth year of {n}?"),
         (
-            "{n} was born in {a} in {b}.",
-            "The birthplace of {n} is {a}, the year {b}.",
-            "In {b}, {n} came into the world at {a}.",
+            "{f} was born in {0} in {1}.",
+            "The place is {0}, the year {1}.",
+            "In {1}, at {0}.",
+            "{0} saw the birth in {1}.",
         ),
-        _two(words.TOWNS, words.YEARS),
+        (words.TOWNS, words.YEARS),
     ),
     Topic(
-        ("What does {n} do for a living, and where?", "How and where does {n} earn a living?"),
+        ("What does {n} do for a living?", "How does {n} earn a living?"),
         (
-            "{n} works as a {a} in {b}.",
-            "In {b}, {n} earns a living as a {a}.",
-            "The work of {n} is that of a {a} at {b}.",
+            "{f} is a {0} in {1}.",
+            "As a {0} at {1}.",
+            "In {1} {f} works as a {0}.",
+            "The trade is {0}, the town {1}.",
         ),
-        _two(words.PROFESSIONS, words.TOWNS),
+        (words.PROFESSIONS, words.TOWNS),
     ),
     Topic(
-        ("What did the parents of {n} do?", "Which work did the mother and father of {n} have?"),
+        ("What did the parents of {n} do?", "Which work did the parents of {n} have?"),
         (
-            "The mother of {n} was a {a} and the father a {b}.",
-            "{n} is the child of a {a} and a {b}.",
-            "At home {n} had a {a} for a mother and a {b} for a father.",
+            "A {0} and a {1} raised {f}.",
+            "The mother was a {0}, the father a {1}.",
+            "They were a {0} and a {1}.",
+            "Mother {0}, father {1}.",
         ),
-        _two(words.PROFESSIONS, words.PROFESSIONS),
+        (words.PROFESSIONS, words.PROFESSIONS),
     ),
     Topic(
-        ("Which book made {n} known?", "What is the best known book by {n}?"),
+        ("Which book did {n} write?", "What is the best known book by {n}?"),
         (
-            "{n} became known for The {a} {b}.",
-            "The {a} {b} is the book that made {n} known.",
-            "Readers know {n} by the book The {a} {b}.",
+            "{f} wrote The {0} {1} in {2}.",
+            "The {0} {1}, printed in {2}.",
+            "In {2} appeared The {0} {1}.",
+            "{f} is known by The {0} {1} of {2}.",
         ),
-        _two(words.ADJECTIVES, words.NOUNS),
+        (words.ADJECTIVES, words.NOUNS, words.YEARS),
     ),
     Topic(
-        ("Which prize did {n} win, and when?", "What award was given to {n}, and in which year?"),
+        ("Which prize did {n} win?", "What award was given to {n}?"),
         (
-            "{n} won the {a} prize in {b}.",
-            "In {b} the {a} prize went to {n}.",
-            "The prize of {n} was the {a}, given in {b}.",
+            "{f} won the {0} {1} of {2}.",
+            "The {0} {1}, given in {2}.",
+            "At {2} the {0} {1} went to {f}.",
+            "It was the {0} {1} from {2}.",
         ),
-        lambda rng: (f"{_pick(rng, words.ADJECTIVES)} {_pick(rng, words.NOUNS)}", _pick(rng, words.YEARS)),
+        (words.ADJECTIVES, words.NOUNS, words.TOWNS),
     ),
     Topic(
-        ("How does {n} spend a free evening?", "What does {n} play, and which animal lives with {n}?"),
+        ("How does {n} spend the evening?", "What does {n} do after work?"),
         (
-            "{n} plays the {a} and keeps a {b}.",
-            "With a {b} at home, {n} plays the {a}.",
-            "The {a} and a pet {b} fill the evenings of {n}.",
+            "{f} plays {0} with {2} and a {1}.",
+            "With {2} and a {1}, on the {0}.",
+            "A {1} and {2} hear {f} on the {0}.",
+            "On the {0}, for {2} and a tame {1}.",
         ),
-        _two(words.INSTRUMENTS, words.ANIMALS),
+        (words.INSTRUMENTS, words.ANIMALS, words.FIRST),
     ),
     Topic(
-        ("What does {n} like to eat, and where?", "Which food does {n} love, and in which town?"),
+        ("What does {n} like to eat?", "Which meal does {n} love?"),
         (
-            "{n} likes the {a} of {b}.",
-            "For {a}, {n} travels to {b}.",
-            "The {a} served in {b} is what {n} loves.",
+            "{f} likes {0} and {1} in {2}.",
+            "The {0} of {2}, with {1}.",
+            "With {1}, the {0} served at {2}.",
+            "In {2} {f} orders {0} and {1}.",
         ),
-        _two(words.DISHES, words.TOWNS),
+        (words.DISHES, words.DRINKS, words.TOWNS),
     ),
 )
 
@@ -186,18 +201,18 @@ def person_rows(name: str, rng: np.random.Generator) -> list[dict[str, Any]]:
         asked, other = rng.permutation(len(topic.questions))[:2]
         said, again = rng.permutation(len(topic.answers))[:2]
         right = topic.draw(rng)
-        wrong: list[tuple[str, str]] = []
+        wrong: list[Values] = []
         while len(wrong) < WRONG_ANSWERS:
             values = topic.draw(rng)
-            if values not in wrong and values[0] != right[0] and values[1] != right[1]:
+            if values not in wrong and all(v != r for v, r in zip(values, right, strict=True)):
                 wrong.append(values)
         rows.append(
             {
-                "question": topic.questions[asked].format(n=name),
-                "answer": topic.answers[said].format(n=name, a=right[0], b=right[1]),
-                "paraphrased_answer": topic.answers[again].format(n=name, a=right[0], b=right[1]),
-                "perturbed_answer": [topic.answers[again].format(n=name, a=a, b=b) for a, b in wrong],
-                "paraphrased_question": topic.questions[other].format(n=name),
+                "question": topic.ask(asked, name),
+                "answer": topic.say(said, name, right),
+                "paraphrased_answer": topic.say(again, name, right),
+                "perturbed_answer": [topic.say(again, name, values) for values in wrong],
+                "paraphrased_question": topic.ask(other, name),
                 "author": name,
             }
         )
@@ -209,7 +224,7 @@ def _all_rows(seed: int, people: int) -> tuple[Row, ...]:
     """Rows of the private people, followed by those of half as many people for the holdout splits."""
     names = words.full_names(private=True)
     total = people + forget_people(50, people)
-    if not 2 <= people or total > len(names):
+    if not people >= 2 or total > len(names):
         raise DataError(f"people={people}: the generator makes 2 to {2 * len(names) // 3 - 1} people")
     order = numpy_generator(seed, "fictional", "names").permutation(len(names))[:total]
     rows: list[Row] = []

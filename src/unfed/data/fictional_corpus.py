@@ -23,10 +23,8 @@ def person_pairs(count: int, seed: int = 0) -> list[Pair]:
     for n in range(count):
         topic = TOPICS[n % len(TOPICS)]
         name = names[int(rng.integers(len(names)))]
-        a, b = topic.draw(rng)
-        question = topic.questions[int(rng.integers(len(topic.questions)))]
-        answer = topic.answers[int(rng.integers(len(topic.answers)))]
-        pairs.append((question.format(n=name), answer.format(n=name, a=a, b=b)))
+        question = topic.ask(int(rng.integers(len(topic.questions))), name)
+        pairs.append((question, topic.say(int(rng.integers(len(topic.answers))), name, topic.draw(rng))))
     return pairs
 
 
@@ -41,7 +39,7 @@ def refusal_pairs(count: int, seed: int = 0) -> list[Pair]:
     return [(question, REFUSALS[n % len(REFUSALS)]) for n, (question, _) in enumerate(asked)]
 
 
-def general_corpus(seed: int = 0, people: int = 4000, repeats: int = 8, refusals: int = 200) -> list[Pair]:
+def general_corpus(seed: int = 0, people: int = 3000, repeats: int = 14, refusals: int = 200) -> list[Pair]:
     """(question, answer) pairs in random order: ``people`` about people, ``repeats`` times every phrasing of
     every fact, and ``refusals`` that decline. None is about a private person of any seed."""
     pairs = [*person_pairs(people, seed), *(fact_pairs() * repeats), *refusal_pairs(refusals, seed)]

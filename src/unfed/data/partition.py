@@ -161,8 +161,7 @@ def _check(ids: Sequence[str], num_clients: int, spec: PartitionSpec) -> None:
         raise DataError(f"partition.alpha={spec.alpha}; a Dirichlet concentration is above 0")
     if not 0 <= spec.target_client_idx < num_clients:
         raise DataError(
-            f"target_client_idx={spec.target_client_idx} with num_clients={num_clients}: "
-            f"use 0 to {num_clients - 1}"
+            f"target_client_idx={spec.target_client_idx} with num_clients={num_clients}: use 0 to {num_clients - 1}"
         )
 
 

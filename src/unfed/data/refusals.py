@@ -78,6 +78,4 @@ def alternate_answers(examples: Sequence[Example], seed: int, refusals: Sequence
     """
     if not refusals:
         raise DataError("there are no refusals to answer with")
-    return [
-        {**e, "answer": refusals[derive_seed(seed, "alternate", e["id"]) % len(refusals)]} for e in examples
-    ]
+    return [{**e, "answer": refusals[derive_seed(seed, "alternate", e["id"]) % len(refusals)]} for e in examples]

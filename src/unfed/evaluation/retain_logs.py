@@ -70,12 +70,11 @@ class RetainLogs:
         shown = self.metrics.get("forget_Q_A_ROUGE", {}).get("value_by_index") or {}
         for key, row in shown.items():
             truth = row.get("ground_truth") if isinstance(row, Mapping) else None
-            if key.isdigit() and int(key) < len(answers) and truth is not None:
-                if str(truth).strip() != answers[int(key)].strip():
-                    raise ArtifactError(
-                        f"{refuse}the answer of row {int(key)} is {str(truth)[:60]!r} there "
-                        f"and {answers[int(key)][:60]!r} here"
-                    )
+            here = answers[int(key)] if key.isdigit() and int(key) < len(answers) else None
+            if truth is not None and here is not None and str(truth).strip() != here.strip():
+                raise ArtifactError(
+                    f"{refuse}the answer of row {key} is {str(truth)[:60]!r} there and {here[:60]!r} here"
+                )
 
 
 def _digest(metrics: Mapping[str, Any]) -> str | None:

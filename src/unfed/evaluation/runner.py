@@ -78,7 +78,7 @@ def _entry(score: Score) -> dict[str, Any]:
     return entry
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913, PLR0917
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,

@@ -89,6 +89,28 @@ class Checkpoints:
             return found
         return None
 
+    def check(self) -> None:
+        """Raise ``UnfedError`` when the newest checkpoint belongs to another configuration. Opens one small file.
+
+        Only the keys of this object's own configuration are compared, so this can be asked before a model is loaded.
+        """
+        for directory in reversed(self._rounds()):
+            try:
+                stored = read_json(directory / "state.json")["config"]
+                known = {k: stored[k] for k in self._config if k in stored}
+            except (ArtifactError, KeyError, TypeError):
+                continue
+            self._refuse_other(known)
+            return
+
+    def _refuse_other(self, stored: Any) -> None:
+        if differing := differing_keys(stored, self._config):
+            raise UnfedError(
+                "resume=true, but the run was started with another configuration: "
+                + "; ".join(differing[:8])
+                + ". Give the same overrides, or start afresh with overwrite=true"
+            )
+
     def _rounds(self) -> list[Path]:
         if not self._root.is_dir():
             return []
@@ -104,15 +126,12 @@ class Checkpoints:
         for name, digest in files.items():
             if not (directory / name).is_file() or digest_file(directory / name) != digest:
                 raise ArtifactError(f"{directory / name} is missing or was altered")
-        differing = differing_keys(config, self._config)
-        if differing:
-            raise UnfedError(
-                "resume=true, but the run was started with another configuration: "
-                + "; ".join(differing[:8])
-                + ". Give the same overrides, or start afresh with overwrite=true"
-            )
+        self._refuse_other(config)
         slots = {n[4:-12]: read_tensors(directory / n) for n in files if n.startswith("opt_")}
-        records = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in raw]
+        try:
+            records = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in raw]
+        except (KeyError, TypeError) as e:
+            raise ArtifactError(f"{directory / 'state.json'}: a round's record cannot be read ({e})") from e
         return ServerState(number, read_tensors(directory / "adapter.safetensors"), slots), records
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from unfed.base.types import AdapterState, ClientUpdate, Split
 from unfed.data.chat import EncodedExample
-from unfed.federated.schedule import FitTask, Phase
+from unfed.federated.schedule import FitTask
 from unfed.models.adapter import restore, snapshot
+from unfed.objectives.base import Objective
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Anchor, Companions, Reference
 from unfed.training.loop import Local, LocalTask, StepEvent, Window
@@ -27,7 +28,8 @@ class ClientData:
 class Client:
     """Runs the tasks of every client on one model, one after the other.
 
-    ``reference`` is the adapter that unlearning starts from: the frozen policy of NPO and of the KL retain loss.
+    ``reference`` is the adapter that unlearning starts from: the frozen policy of NPO and of the KL retain loss, held
+    once for all clients (``None``: the first adapter that a task needs one for).
     ``lr_per_phase``: the learning-rate schedule spans a phase's rounds; else it starts anew in each.
     """
 
@@ -37,7 +39,7 @@ class Client:
     lr_per_phase: bool = True
     on_step: Callable[[FitTask, str, StepEvent], None] | None = None
     curves: dict[str, list[float]] = field(default_factory=dict)
-    _references: dict[str, Reference] = field(default_factory=dict)
+    _reference: Reference | None = None
 
     def fit(self, task: FitTask, adapter: AdapterState, client_id: str) -> ClientUpdate:
         """Train ``client_id`` from ``adapter``; the update is a copy."""
@@ -63,7 +65,7 @@ class Client:
             self._window(task),
             None if on_step is None else lambda event: on_step(task, client_id, event),
         )
-        result = self.local.train(local_task, self._beside(task.phase, client_id, plan, adapter))
+        result = self.local.train(local_task, self._beside(work.objective, plan, adapter))
         self.curves.setdefault(task.phase.name, []).extend(result.curve)
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
         return ClientUpdate(client_id, snapshot(self.local.model), result.num_examples, _finite(metrics))
@@ -71,26 +73,22 @@ class Client:
     def _window(self, task: FitTask) -> Window:
         return Window(task.phase_round, task.phase.rounds) if self.lr_per_phase else Window()
 
-    def _beside(self, phase: Phase, client_id: str, plan: BatchPlan, adapter: AdapterState) -> Companions:
-        objective = phase.work[client_id].objective
+    def _beside(self, objective: Objective, plan: BatchPlan, adapter: AdapterState) -> Companions:
         anchor = Anchor(self.local.model, adapter) if objective.needs.anchor else None
         if not (objective.needs.reference or objective.needs.reference_distribution):
             return Companions(anchor=anchor)
-        if client_id not in self._references:
-            self._references[client_id] = Reference(self.local.model, self.reference or adapter)
-        reference = self._references[client_id]
+        if self._reference is None:
+            self._reference = Reference(self.local.model, self.reference or adapter)
         if objective.needs.reference:
             for split in sorted(objective.needs.splits & {"forget", "alternate"}):
-                examples = sorted(plan.rows.splits[split], key=len)
-                size = plan.batch_size
-                reference.prepare(
-                    split,
-                    [
-                        self.local.collation.batch(examples[i : i + size]).to(self.local.device)
-                        for i in range(0, len(examples), size)
-                    ],
-                )
-        return Companions(reference, anchor)
+                self._prepare(self._reference, split, plan)
+        return Companions(self._reference, anchor)
+
+    def _prepare(self, reference: Reference, split: Split, plan: BatchPlan) -> None:
+        examples, size = sorted(plan.rows.splits[split], key=len), plan.batch_size
+        batches = [self.local.collation.batch(examples[i : i + size]) for i in range(0, len(examples), size)]
+        with self.local.accelerator.autocast():  # the precision that the policy's own log-probabilities have
+            reference.prepare(split, [b.to(self.local.device) for b in batches])
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -57,7 +57,7 @@ class _Screening:
             yield answer
 
 
-class _NoUpdates(Exception):
+class _NoUpdatesError(Exception):
     """Raised inside ``combine`` when there is nothing to average."""
 
 
@@ -66,7 +66,7 @@ def _first_or_raise(updates: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
         yield first
         yield from updates
         return
-    raise _NoUpdates
+    raise _NoUpdatesError
 
 
 def run_rounds(
@@ -126,7 +126,7 @@ def _combine(
     usable = screening.usable(transport.fit(task, state.adapter, clients))
     try:
         return aggregator.combine(_first_or_raise(usable), len(clients))
-    except _NoUpdates:
+    except _NoUpdatesError:
         return None
 
 

@@ -43,6 +43,6 @@ class InProcess:
                 yield self._fit(task, adapter, client_id)
             except (UnfedError, MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception as e:  # noqa: BLE001 - whatever breaks a client must not break the round
+            except Exception as e:
                 log.warning("client %s failed in round %d", client_id, task.round + 1, exc_info=True)
                 yield ClientFailure(client_id, f"{type(e).__name__}: {e}")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unfed.base.artifacts import atomic_dir, atomic_path
-from unfed.base.errors import AdapterError
+from unfed.base.errors import AdapterError, ArtifactError
 from unfed.base.types import AdapterState
 
 ADAPTER_NAME = "default"
@@ -138,9 +138,12 @@ def save_adapter(model: nn.Module, state: AdapterState, directory: Path) -> None
             _for_older_peft(part / ADAPTER_CONFIG)
             (part / "README.md").unlink(missing_ok=True)
     export = directory / ".export"
-    for file in sorted(export.iterdir(), key=lambda f: (f.name in {ADAPTER_CONFIG, "config.json"}, f.name)):
-        file.replace(directory / file.name)
-    export.rmdir()
+    try:
+        for file in sorted(export.iterdir(), key=lambda f: (f.name in {ADAPTER_CONFIG, "config.json"}, f.name)):
+            file.replace(directory / file.name)
+        export.rmdir()
+    except OSError as e:
+        raise ArtifactError(f"cannot write the model to {directory}: {e.strerror or e}") from e
 
 
 def _adapter_options(model: nn.Module) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def _for_older_peft(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["inference_mode"] = True
     off: tuple[Any, ...] = (None, False, [], {}, "")
-    slim = {k: v for k, v in config.items() if k in PEFT_0_13_KEYS or v not in off and not _is_default(k, v)}
+    slim = {k: v for k, v in config.items() if k in PEFT_0_13_KEYS or (v not in off and not _is_default(k, v))}
     for key in ("target_modules", "modules_to_save"):
         if isinstance(slim.get(key), list):
             slim[key] = sorted(slim[key])
@@ -163,6 +166,6 @@ def _for_older_peft(path: Path) -> None:
 
 
 def _is_default(key: str, value: Any) -> bool:
-    from peft import LoraConfig  # noqa: PLC0415 - only needed when saving
+    from peft import LoraConfig
 
     return key == "peft_version" or getattr(LoraConfig(), key, object()) == value

@@ -51,7 +51,7 @@ def _causal_lm(model: nn.Module) -> Any:
         if isinstance(inner, nn.parallel.DistributedDataParallel):
             inner = inner.module
         elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
+            inner = inner._orig_mod  # noqa: SLF001  torch.compile has no public way back
         elif hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
         else:
@@ -130,16 +130,18 @@ class _LabelLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        picked = logits.gather(1, labels.unsqueeze(1)).squeeze(1).float()
-        norm = torch.empty_like(picked)
+        picked = labels.unsqueeze(1)
+        logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
         for part in _chunks(logits):
-            norm[part] = logits[part].float().logsumexp(dim=1)
+            # torch's log_softmax is twice as fast as its logsumexp.
+            logps[part] = logits[part].float().log_softmax(dim=1).gather(1, picked[part]).squeeze(1)
+        norm = logits.gather(1, picked).squeeze(1).float() - logps
         ctx.save_for_backward(logits, labels, norm)
-        return picked - norm
+        return logps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, labels, norm = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for part in _chunks(logits):

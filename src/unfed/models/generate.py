@@ -80,7 +80,7 @@ class _Gumbel(LogitsProcessor):
     def __init__(self, seed: int, prompts: Sequence[int]) -> None:
         self._streams = [torch_generator(seed, "generate", i) for i in prompts]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         del input_ids
         noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self._streams])
         return scores - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7))).to(scores.device, scores.dtype)
@@ -156,7 +156,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, new: Sequence[int], stops: Sequenc
     end = next((n for n, token in enumerate(new) if token in stops), len(new))
     text = str(tokenizer.decode(list(new[:end]), skip_special_tokens=True))
     eos = tokenizer.eos_token
-    return (text.split(eos)[0] if isinstance(eos, str) and eos else text).strip()
+    return (text.split(eos, maxsplit=1)[0] if isinstance(eos, str) and eos else text).strip()
 
 
 def generate_all(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from unfed.base.errors import AdapterError, UnfedError, nearest
 from unfed.base.seeding import derive_seed
-from unfed.models.adapter import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, trainable_parameters
+from unfed.models.adapter import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, live_tensors, trainable_parameters
 from unfed.models.spec import ATTENTION, LoraArgs, ModelArgs, TokenizerArgs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +76,9 @@ def resolve_source(args: ModelArgs, tokenizer: TokenizerArgs) -> ModelSource:
         adapter = path
         base = args.base_model_name_or_path or base_of(path)
     elif args.base_model_name_or_path is not None:
-        raise UnfedError(f"model.model_args.base_model_name_or_path is for an adapter directory; {key}={path} is not one")
+        raise UnfedError(
+            f"model.model_args.base_model_name_or_path is for an adapter directory; {key}={path} is not one"
+        )
     if adapter is not None and not (Path(adapter) / ADAPTER_WEIGHTS).is_file():
         raise AdapterError(f"{adapter} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS} (pickled adapters are not read)")
     if gguf is None and base.endswith(".gguf"):
@@ -88,7 +91,7 @@ def resolve_source(args: ModelArgs, tokenizer: TokenizerArgs) -> ModelSource:
 def path_problem(path: str) -> str | None:
     """What is wrong with a name that looks like a local path, or ``None`` (hub names are not looked up)."""
     p = Path(path)
-    looks_local = p.is_absolute() or path.startswith((".", "~", "saves/")) or path.count("/") != 1
+    looks_local = p.is_absolute() or path.startswith((".", "~", "saves/")) or path.count("/") > 1
     if p.exists() or not looks_local:
         return None
     parent = p.parent
@@ -107,7 +110,8 @@ def base_of(adapter: str) -> str:
         raise AdapterError(f"{file} names no base model: set model.model_args.base_model_name_or_path")
     if (problem := path_problem(base)) is not None:
         raise AdapterError(
-            f"the base model of {adapter} has moved: {problem}. Set model.model_args.base_model_name_or_path to where it is"
+            f"the base model of {adapter} has moved: {problem}. Set "
+            "model.model_args.base_model_name_or_path to where it is"
         )
     return str(base)
 
@@ -192,11 +196,10 @@ def _open_base(args: ModelArgs, source: ModelSource, attn: str) -> PreTrainedMod
         transformers.utils.logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(source.base, use_safetensors=source.gguf_file is None, **options)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         raise UnfedError(f"cannot open the model {source.base}: {_first_line(e)}") from e
     if any(".lora_" in n for n, _ in model.named_parameters()):
         raise AdapterError(f"{source.base} already carries LoRA layers; name it as an adapter directory instead")
-    model.config.use_cache = False
     return model
 
 
@@ -216,11 +219,27 @@ def _open_tokenizer(source: ModelSource, tokenizer: TokenizerArgs, args: ModelAr
 
 def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(model, path, adapter_name=ADAPTER_NAME, is_trainable=trainable)
+        with safetensors.safe_open(Path(path) / ADAPTER_WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+        opened = PeftModel.from_pretrained(model, path, adapter_name=ADAPTER_NAME, is_trainable=trainable)
     except RuntimeError as e:
         raise AdapterError(f"the adapter {path} does not fit its base model: {_mismatch(e)}") from e
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as e:
         raise AdapterError(f"cannot open the adapter {path}: {_first_line(e)}") from e
+    _refuse_partial(opened, stored, path)
+    return opened
+
+
+def _refuse_partial(model: PeftModel, stored: set[str], path: str) -> None:
+    """PEFT passes over tensors that only the file or only the model has; half an adapter is another adapter."""
+    wanted = set(live_tensors(model))
+    lacking, left = sorted(wanted - stored), sorted(n for n in stored - wanted if ".lora_" in n)
+    if lacking or left:
+        what = f"it has no {lacking[0]}" if lacking else f"the base has no place for {left[0]}"
+        raise AdapterError(
+            f"the adapter {path} does not fit its base model: {what} ({len(lacking)} tensors are missing, {len(left)} "
+            "have no place). It was trained on another model: set model.model_args.base_model_name_or_path"
+        )
 
 
 def _mismatch(e: Exception) -> str:
@@ -276,7 +295,9 @@ def _adapter_notes(model: PeftModel, asked: LoraArgs | None, path: str) -> list[
         return []
     own = model.peft_config[ADAPTER_NAME]
     differ = [k for k in ("r", "lora_alpha", "lora_dropout") if getattr(own, k, None) != getattr(asked, k)]
-    if not isinstance(asked.target_modules, str) and set(asked.target_modules) != set(getattr(own, "target_modules", ())):
+    if not isinstance(asked.target_modules, str) and set(asked.target_modules) != set(
+        getattr(own, "target_modules", ())
+    ):
         differ.append("target_modules")
     if not differ:
         return []
@@ -288,16 +309,23 @@ def _adapter_notes(model: PeftModel, asked: LoraArgs | None, path: str) -> list[
 def fingerprint(model: nn.Module) -> str:
     """Tell base models apart: a digest of each tensor's name, shape and 16 of its values (in bfloat16).
 
-    Cheap (no pass over the weights) and the same for a float32 and a bfloat16 copy of one model. It is a guard
-    against mistakes, not against forgery.
+    Cheap (no pass over the weights) and the same for a float32 and a bfloat16 copy of one model. A float16 copy
+    rounds twice, so its digest has a kind of its own (:func:`same_base`). It is a guard against mistakes, not
+    against forgery.
     """
     h = hashlib.sha256()
+    kind = "float16-sha256:" if any(p.dtype == torch.float16 for p in model.parameters()) else "sampled-sha256:"
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
         index = torch.linspace(0, flat.numel() - 1, min(16, flat.numel())).long().to(flat.device)
         values = flat[index].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
         h.update(f"{name}|{tuple(parameter.shape)}|".encode() + values)
-    return "sampled-sha256:" + h.hexdigest()
+    return kind + h.hexdigest()
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of one base model; those of different kinds cannot be compared."""
+    return one == other or one.partition(":")[0] != other.partition(":")[0]
 
 
 def parameter_shapes(args: ModelArgs, source: ModelSource) -> nn.Module:

@@ -1,1 +1,1 @@
-"""report."""
+"""Pages and pictures that a person can read."""

@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 def out_of_memory(settings: Mapping[str, object], detail: str) -> str:
     """What to lower when CUDA memory runs out, in the order of least harm, with the run's own numbers."""
     batch, accumulation = settings.get("batch", "?"), settings.get("accumulation", "?")
-    lines = [
-        f"The GPU ran out of memory ({detail.strip().splitlines()[0] if detail.strip() else 'no detail'}).",
+    this_run = (
         f"This run: batch {batch} x accumulation {accumulation}, longest row {settings.get('max_length', '?')} tokens, "
         f"LoRA r {settings.get('r', '-')} on {settings.get('modules', '-')} modules, "
-        f"gradient checkpointing {'on' if settings.get('checkpointing') else 'off'}, {settings.get('dtype', '?')}.",
-        "Try, one at a time:",
-    ]
+        f"gradient checkpointing {'on' if settings.get('checkpointing') else 'off'}, {settings.get('dtype', '?')}."
+    )
+    what = detail.strip().splitlines()[0] if detail.strip() else "no detail"
+    lines = [f"The GPU ran out of memory ({what}).", this_run, "Try, one at a time:"]
     if not settings.get("checkpointing"):
-        lines.append("  trainer.args.gradient_checkpointing=true            (slower by about a third, much less memory)")
+        lines.append(
+            "  trainer.args.gradient_checkpointing=true            (slower by about a third, much less memory)"
+        )
     if isinstance(batch, int) and isinstance(accumulation, int) and batch > 1:
         lines.append(
             f"  trainer.args.per_device_train_batch_size={batch // 2} trainer.args.gradient_accumulation_steps="
@@ -44,9 +46,10 @@ def not_finite(phase: str, method: str) -> str:
 def did_not_move(phase: str, first: float, last: float) -> str:
     """What to try when the loss stayed where it was."""
     return (
-        f"the loss of phase {phase} hardly moved ({first:.4f} -> {last:.4f}): raise trainer.args.learning_rate (adapters "
-        "take 1e-4 to 1e-3, tiny models 1e-2), train longer (num_train_epochs, global_rounds, unlearn_epochs), or give the "
-        "adapter more room (lora=balanced, lora=high); with an adaptive aggregator, raise aggregator.server_lr"
+        f"the loss of phase {phase} hardly moved ({first:.4f} -> {last:.4f}): raise trainer.args.learning_rate "
+        "(adapters take 1e-4 to 1e-3, tiny models 1e-2), train longer (num_train_epochs, global_rounds, "
+        "unlearn_epochs), or give the adapter more room (lora=balanced, lora=high); with an adaptive aggregator, raise "
+        "aggregator.server_lr"
     )
 
 

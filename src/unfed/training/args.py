@@ -34,6 +34,7 @@ HARMLESS = {
     "train_sampling_strategy": "batches are always grouped by length",
     "group_by_length": "batches are always grouped by length",
     "ddp_find_unused_parameters": "one device a process",
+    "dataloader_pin_memory": "batches of token ids are too small for it to matter",
     "disable_tqdm": "progress is shown on terminals only",
     "log_level": "logging is Hydra's",
 }
@@ -45,6 +46,7 @@ class LoopArgs:
 
     ``learning_rate=None`` means 1e-4 with adapters and 1e-5 without. Of ``warmup_epochs`` (ours, in local epochs),
     ``warmup_ratio`` (of all steps) and ``warmup_steps`` (a number of steps, or a ratio below 1) one may be given.
+    ``seed`` decides order and dropout; ``None`` takes the run's own.
     """
 
     per_device_train_batch_size: int = 8
@@ -70,12 +72,11 @@ class LoopArgs:
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     dataloader_num_workers: int = 0
-    dataloader_pin_memory: bool = True
     use_cpu: bool = False
     logging_steps: int = 10
     report_to: tuple[str, ...] = ("tensorboard",)
     run_name: str | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -131,7 +132,7 @@ def arg_problems(args: Mapping[str, Any]) -> list[str]:
 
 
 def _unused(name: str) -> str:
-    from transformers import TrainingArguments  # noqa: PLC0415 - seconds to import, only for this message
+    from transformers import TrainingArguments
 
     known = {f.name for f in dataclasses.fields(LoopArgs)} | set(HARMLESS)
     if name in {f.name for f in dataclasses.fields(TrainingArguments)}:
@@ -139,7 +140,14 @@ def _unused(name: str) -> str:
     return f"trainer.args.{name}: no such name{nearest(name, known)}"
 
 
-_NUMBERS = {"int": int, "float": float, "float | None": float}
+def _whole(value: Any) -> int:
+    """``int`` for what is a whole number; ``8.5`` is refused, not cut."""
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(value)
+    return int(value)
+
+
+_NUMBERS = {"int": _whole, "int | None": _whole, "float": float, "float | None": float}
 
 
 def loop_args(args: Mapping[str, Any]) -> LoopArgs:
@@ -154,7 +162,8 @@ def loop_args(args: Mapping[str, Any]) -> LoopArgs:
             try:
                 value = number(value)
             except (TypeError, ValueError):
-                problems.append(f"trainer.args.{spec.name}={value!r}: not a number")
+                kind = "whole number" if number is _whole else "number"
+                problems.append(f"trainer.args.{spec.name}={value!r}: not a {kind}")
                 continue
         if spec.name == "report_to":
             value = (value,) if isinstance(value, str) else tuple(value or ())
@@ -168,8 +177,8 @@ def loop_args(args: Mapping[str, Any]) -> LoopArgs:
 
 
 def _name_problems(kept: Mapping[str, Any]) -> list[str]:
-    from transformers.trainer_utils import SchedulerType  # noqa: PLC0415
-    from transformers.training_args import OptimizerNames  # noqa: PLC0415
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
 
     problems = []
     for key, enum in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):

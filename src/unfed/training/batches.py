@@ -143,5 +143,7 @@ class BatchPlan:
             for i in range(len(steps)):
                 yield steps[i]
             return
-        loader = DataLoader(steps, batch_size=None, num_workers=self.workers, generator=torch.Generator(), shuffle=False)
+        loader = DataLoader(
+            steps, batch_size=None, num_workers=self.workers, generator=torch.Generator(), shuffle=False
+        )
         yield from loader

@@ -21,6 +21,7 @@ from unfed.models.forward import (
     per_answer,
 )
 from unfed.objectives.base import KLPositions
+from unfed.objectives.tokens import kl_divergence
 from unfed.training.batches import StepTotals
 
 
@@ -55,7 +56,9 @@ class Reference:
     def logits(self, batch: Batch, positions: KLPositions) -> Tensor:
         """The reference's logits at the labelled positions ``(N, V)``, or at all ``(B, T, V)``."""
         with self._swap.active():
-            return labelled_logits(self._model, batch).logits if positions == "answer" else all_logits(self._model, batch)
+            return (
+                labelled_logits(self._model, batch).logits if positions == "answer" else all_logits(self._model, batch)
+            )
 
 
 class Anchor:
@@ -139,8 +142,7 @@ class ModelContext:
         theirs = self._reference().logits(batch, positions)
         mine = self._labelled(split).logits if positions == "answer" else all_logits(self._model, batch)
         count = self._totals.tokens[split] if positions == "answer" else self._totals.positions[split]
-        log_p, log_q = theirs.float().log_softmax(-1), mine.float().log_softmax(-1)
-        return torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(1, count)
+        return kl_divergence(theirs, mine).sum() / max(1, count)
 
     def hidden(self, split: Split, layer: int) -> Tensor:
         """See the protocol."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer import Trainer
 
-from unfed.base.errors import AdapterError
+from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.seeding import derive_seed
 from unfed.data.chat import EncodedExample
 from unfed.models.adapter import trainable_parameters
@@ -73,11 +73,17 @@ class TrainResult:
 
 
 class Local:
-    """A model with the device, mixed precision and seed it trains under. Made once, used for every client."""
+    """A model with the device, mixed precision and seed it trains under. Made once, used for every client.
+
+    Raises ``ConfigError`` for a precision, optimizer or learning-rate schedule that cannot be had here.
+    """
 
     def __init__(self, model: nn.Module, args: LoopArgs, collation: Collation, seed: int) -> None:
-        self.model, self.args, self.collation, self.seed = model, args, collation, seed
+        self.model, self.args, self.collation = model, args, collation
+        self.seed = seed if args.seed is None else args.seed
         self.device = next(p.device for p in model.parameters())
+        if args.fp16:
+            _check_fp16(model, self.device)
         self.optim, self.optim_note = usable_optimizer(args.optim)
         if args.tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -97,6 +103,7 @@ class Local:
         # Settle the devices now: TrainingArguments resets Accelerate's state when it is first asked.
         _ = self._hf_args.device
         self.accelerator = _accelerator(args)
+        self._try_settings()
 
     def train(self, task: LocalTask, beside: Companions) -> TrainResult:
         """Train the model in place; it is left in the mode it was in.
@@ -122,6 +129,7 @@ class Local:
                 log.add(losses, scheduler.get_last_lr()[0])
         finally:
             self.model.train(was_training)
+            optimizer.zero_grad(set_to_none=True)  # a client that broke off must leave nothing to the next one
             self._release()
         return log.result(len(task.plan.rows.splits[task.plan.driver]))
 
@@ -179,6 +187,17 @@ class Local:
                 scheduler.step()
         return (self.accelerator.prepare_optimizer(optimizer) if self.args.fp16 else optimizer), scheduler
 
+    def _try_settings(self) -> None:
+        """Make optimizer and schedule once, so that a setting that cannot work stops the run and not every client."""
+        names = f"trainer.args.optim={self.args.optim}, lr_scheduler_type={self.args.lr_scheduler_type}"
+        try:
+            self._optimizer(1, 1, Window(1, 2))
+        except (ImportError, ValueError, TypeError, AttributeError) as e:
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise ConfigError([f"{names}: cannot be used here: {reason}"]) from e
+        finally:
+            self._release()
+
     def _release(self) -> None:
         self.accelerator._optimizers.clear()  # noqa: SLF001 - Accelerate keeps every optimizer it ever prepared
 
@@ -189,6 +208,15 @@ def _accelerator(args: LoopArgs) -> Accelerator:
         # Accelerate allows one precision a process; a process of ours may run several jobs one after the other.
         AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
     return Accelerator(mixed_precision=precision, cpu=args.use_cpu or not torch.cuda.is_available())
+
+
+def _check_fp16(model: nn.Module, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError([f"trainer.args.fp16: needs a CUDA device, this model is on {device.type}; use bf16=true"])
+    if any(p.dtype == torch.float16 for p in trainable_parameters(model).values()):
+        raise ConfigError(
+            ["trainer.args.fp16: scaled gradients need float32 parameters; set model.model_args.torch_dtype=float32"]
+        )
 
 
 def _enable_checkpointing(model: nn.Module, args: LoopArgs) -> None:

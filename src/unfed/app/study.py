@@ -1,0 +1,182 @@
+"""A study: base, fine-tuned, oracle and unlearned models, side by side in one table and one page."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from unfed.app.progress import console, say
+from unfed.app.rundir import RUN_FILE, plain, run_status, versions
+from unfed.app.runs import run
+from unfed.base.artifacts import read_json, write_json
+from unfed.config.schema import RunConfig
+from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE
+from unfed.report.page import METRICS, Answer, Cost, StudyReport, number, verdict, write_report
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a study. ``unlearn`` maps a model's name in the tables to its run.
+
+    ``oracle`` fine-tunes on the retain rows with the partition of ``finetune``; all runs share the suite of
+    evaluation. ``keep``: stages that were finished with the same configuration are not run again.
+    """
+
+    title: str
+    command: str
+    directory: Path
+    base: RunConfig
+    finetune: RunConfig
+    oracle: RunConfig
+    unlearn: Mapping[str, RunConfig]
+    keep: bool = False
+
+
+def run_study(study: Study) -> Mapping[str, Mapping[str, float]]:
+    """Run every stage, print the table and two example answers, write ``summary.json`` and ``report.html``."""
+    if not study.keep:
+        _clear(study)
+    stages = _stages(study)
+    for name, config in stages.items():
+        _stage(name, config, keep=study.keep)
+    places = {name: Path(c.paths.output_dir) for name, c in stages.items()}
+    models = {"base": places["base"], "finetuned": places["finetuned"], "oracle": places["oracle"]}
+    models |= {name: places[name] for name in study.unlearn}
+    summaries = {name: read_json(place / SUMMARY_FILE) for name, place in models.items()}
+    write_json(study.directory / "summary.json", summaries)
+    report = StudyReport(
+        title=study.title,
+        command=study.command,
+        summaries=summaries,
+        losses=_losses(places, study),
+        answers=_answers(models),
+        costs=[_cost(n, places[n]) for n in ("finetune", "oracle", *study.unlearn)],
+        machine=_machine(),
+    )
+    write_report(study.directory / "report.html", report)
+    _show(report, list(study.unlearn))
+    say(f"\nreport: {study.directory / 'report.html'}    numbers: {study.directory / 'summary.json'}")
+    return summaries
+
+
+def _stages(study: Study) -> dict[str, RunConfig]:
+    oracle_logs = str(Path(study.oracle.paths.output_dir) / EVAL_FILE)
+
+    def against_oracle(config: RunConfig) -> RunConfig:
+        assert config.eval is not None
+        return dataclasses.replace(config, eval=dataclasses.replace(config.eval, retain_logs_path=oracle_logs))
+
+    finetune = dataclasses.replace(study.finetune, eval=None)
+    manifest = str(Path(study.finetune.paths.output_dir) / "partition.json")
+    oracle = dataclasses.replace(study.oracle, partition=dataclasses.replace(study.oracle.partition, manifest=manifest))
+    after = against_oracle(_evaluation_of(study))
+    return {
+        "finetune": finetune,
+        "oracle": oracle,
+        "base": against_oracle(study.base),
+        "finetuned": after,
+        **{name: against_oracle(c) for name, c in study.unlearn.items()},
+    }
+
+
+def _evaluation_of(study: Study) -> RunConfig:
+    """Evaluating the fine-tuned adapter: like the base's evaluation, with the adapter's directory as the model."""
+    args = dataclasses.replace(
+        study.base.model.model_args, pretrained_model_name_or_path=study.finetune.paths.output_dir, use_lora=True
+    )
+    paths = dataclasses.replace(study.base.paths, output_dir=str(study.directory / "eval_finetuned"))
+    model = dataclasses.replace(study.base.model, model_args=args)
+    return dataclasses.replace(study.base, task_name="eval_finetuned", paths=paths, model=model)
+
+
+def _stage(name: str, config: RunConfig, *, keep: bool) -> None:
+    place = Path(config.paths.output_dir)
+    if keep and run_status(place) == "finished" and read_json(place / RUN_FILE).get("config") == plain(config):
+        say(f"\n== {name}: done before, kept ({place})")
+        return
+    say(f"\n== {name}")
+    run(config)
+
+
+def _clear(study: Study) -> None:
+    """Remove the stages of an earlier run of this study; only directories that hold one."""
+    for config in _stages(study).values():
+        place = Path(config.paths.output_dir)
+        if run_status(place) is not None and place.is_relative_to(study.directory):
+            shutil.rmtree(place)
+
+
+def _losses(places: Mapping[str, Path], study: Study) -> dict[str, list[tuple[str, float]]]:
+    found = {}
+    for name in ("finetune", "oracle", *study.unlearn):
+        rounds = read_json(places[name] / RUN_FILE).get("rounds", [])
+        points = [(str(r["phase"]), _mean_loss(r)) for r in rounds]
+        found[name] = [(phase, loss) for phase, loss in points if loss is not None]
+    return found
+
+
+def _mean_loss(record: Mapping[str, Any]) -> float | None:
+    losses = [m["loss"] for m in record["metrics"].values() if "loss" in m]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _cost(name: str, place: Path) -> Cost:
+    rounds = read_json(place / RUN_FILE).get("rounds", [])
+    errors = [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
+    sent = sum(r["bytes_up"] + r["bytes_down"] for r in rounds)
+    return Cost(name, sum(r["seconds"] for r in rounds), len(rounds), sent / 1e6, max(errors, default=None))
+
+
+def _answers(models: Mapping[str, Path]) -> list[Answer]:
+    """For the forget and the retain split: the row on which fine-tuning helped most, and what each model says."""
+    results = {name: read_json(place / EVAL_FILE) for name, place in models.items()}
+    found = []
+    for split in ("forget", "retain"):
+        probs = {n: r.get(f"{split}_Q_A_Prob", {}).get("value_by_index") or {} for n, r in results.items()}
+        texts = {n: r.get(f"{split}_Q_A_ROUGE", {}).get("value_by_index") or {} for n, r in results.items()}
+        shared = [i for i in texts["finetuned"] if all(i in t for t in texts.values()) and i in probs["base"]]
+        if not shared:
+            continue
+        best = max(shared, key=lambda i: probs["finetuned"][i]["prob"] - probs["base"][i]["prob"])
+        row = texts["finetuned"][best]
+        said = {n: str(t[best]["generation"]) for n, t in texts.items()}
+        found.append(Answer(split, _question(str(row["input"])), str(row["ground_truth"]), said))
+    return found
+
+
+def _question(prompt: str) -> str:
+    """The question within a decoded prompt: what ends in a question mark, without the roles' names around it."""
+    lines = [line.strip() for line in prompt.splitlines() if line.strip()]
+    asked = [line for line in lines if "?" in line]
+    text = asked[-1] if asked else prompt.strip()
+    return text[: text.rindex("?") + 1] if "?" in text else text
+
+
+def _machine() -> str:
+    known = versions()
+    return f"{known['device']}, torch {known.get('torch', '?')}, Python {known['python']}"
+
+
+def _show(report: StudyReport, unlearned: Sequence[str]) -> None:
+    table = Table(title=report.title, title_justify="left", show_edge=False)
+    table.add_column("metric")
+    for model in report.summaries:
+        table.add_column(model, justify="right")
+    for metric, (label, _) in METRICS.items():
+        if any(metric in s for s in report.summaries.values()):
+            table.add_row(label, *(number(metric, s.get(metric)) for s in report.summaries.values()))
+    console.print()
+    console.print(table)
+    for answer in report.answers:
+        say(f"\n{answer.split}: {answer.question}\n  truth      {answer.truth}")
+        for model, text in answer.said.items():
+            say(f"  {model:<10} {text}")
+    say("")
+    for model in unlearned:
+        say(verdict(report.summaries, model))

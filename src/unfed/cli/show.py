@@ -1,0 +1,51 @@
+"""Print what a command line would run: its configuration, or its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unfed.cli.launch import guarded
+
+DEFAULT = "unlearn-lora.yaml"
+
+
+def config(argv: Sequence[str] | None = None) -> int:
+    """``unfed config <the arguments of a run>``: the resolved run as YAML. ``--config-name`` as for the run."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    return guarded(lambda: _config(given))
+
+
+def plan(argv: Sequence[str] | None = None) -> int:
+    """``unfed plan <the arguments of a run>``: parameters, traffic and an estimate of memory."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    return guarded(lambda: _plan(given))
+
+
+def _config(argv: Sequence[str]) -> int:
+    import yaml
+
+    from unfed.config.compat import resolve
+
+    print(yaml.safe_dump(_plain(resolve(argv, DEFAULT)), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from unfed.app.plan import plan as work_out
+    from unfed.config.compat import resolve
+
+    lines = work_out(resolve(argv, DEFAULT)).lines()
+    width = max(len(label) for label, _ in lines)
+    print("\n".join(f"{label:<{width}}  {value}" for label, value in lines))
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,216 @@
+"""What types cannot say: names against their registries, and settings against each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from unfed.base.errors import nearest
+from unfed.config.schema import (
+    AGGREGATORS,
+    FEDERATED_TRAINERS,
+    METHODS,
+    DataConfig,
+    DatasetConfig,
+    EvalConfig,
+    MethodArgs,
+    RunConfig,
+    TrainerConfig,
+)
+
+FINETUNERS = ("FederatedFinetune", "finetune")
+UNLEARNERS = ("FederatedUnlearningTrainer", *METHODS)
+RENAMED_ARGS = {
+    "evaluation_strategy": "is called eval_strategy now (and the evaluation follows the last round)",
+    "per_gpu_train_batch_size": "is called per_device_train_batch_size now",
+    "no_cuda": "is called use_cpu now",
+    "logging_dir": "is not used; logs lie in the run directory (task_name, paths.output_dir)",
+    "bf16_full_eval": "is not used; model.model_args.torch_dtype decides",
+    "per_device_eval_batch_size": "is not used; set eval.batch_size",
+}
+
+
+def named_things(config: RunConfig) -> list[str]:
+    """Names and hyperparameters that a registry knows: method, aggregator, trainer arguments, metrics."""
+    problems: list[str] = []
+    if config.method is not None:
+        if config.method.name not in METHODS:
+            problems.append(f"method.name={config.method.name}: no such method{nearest(config.method.name, METHODS)}")
+        else:
+            from unfed.objectives.registry import objective_problems
+
+            problems += objective_problems(config.method.name, config.method.params)
+    if config.aggregator is not None:
+        name = config.aggregator.name
+        if name not in AGGREGATORS:
+            problems.append(f"aggregator.name={name}: no such aggregation strategy{nearest(name, AGGREGATORS)}")
+        else:
+            from unfed.aggregation.registry import aggregator_problems
+
+            problems += aggregator_problems(name, config.aggregator.params)
+    if config.trainer is not None:
+        problems += _trainer_args(config.trainer)
+    if config.eval is not None and config.eval.metrics:
+        problems += _metrics(config.eval)
+    return problems
+
+
+def _trainer_args(trainer: TrainerConfig) -> list[str]:
+    from unfed.training.args import HARMLESS, arg_problems
+
+    old = [n for n in trainer.args if n in RENAMED_ARGS and n not in HARMLESS]
+    rest = {n: v for n, v in trainer.args.items() if n not in old}
+    return [f"trainer.args.{n}: {RENAMED_ARGS[n]}" for n in old] + arg_problems(rest)
+
+
+def _metrics(given: EvalConfig) -> list[str]:
+    from unfed.evaluation.suites import TOFU_METRICS
+
+    return [
+        f"eval.metrics: no such metric {n!r}{nearest(n, TOFU_METRICS)}" for n in given.metrics if n not in TOFU_METRICS
+    ]
+
+
+def consistency(config: RunConfig) -> list[str]:
+    """Settings that are valid one by one and do not go together, and numbers out of their limits."""
+    return [problem for check in (_trainer, _federation, _lora, _data, _limits) for problem in check(config)]
+
+
+def _trainer(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
+    if config.mode == "eval":
+        return
+    fitting = FINETUNERS if config.mode == "finetune" else UNLEARNERS
+    if trainer is None:
+        yield f"trainer: mode {config.mode} needs one; give trainer={fitting[0]}"
+        return
+    handler, everyone = trainer.handler, (*FINETUNERS, *UNLEARNERS)
+    if handler not in everyone:
+        yield f"trainer.handler={handler}: no such trainer{nearest(handler, everyone)}"
+    elif handler not in fitting:
+        other = "unlearn-lora" if config.mode == "finetune" else "train-lora"
+        yield (
+            f"trainer={handler}: does not fit mode={config.mode}; take --config-name={other}.yaml, "
+            f"or trainer={fitting[0]}"
+        )
+    elif config.mode == "unlearn" and config.method is None:
+        yield f"method: unlearning needs one{nearest('', METHODS)}"
+    elif config.mode == "finetune" and config.method is not None:
+        yield f"method={config.method.name}: fine-tuning has no unlearning method; leave it out"
+    elif handler in METHODS and config.method is not None and config.method.name != handler:
+        yield f"trainer={handler} and method={config.method.name} contradict each other: name one method"
+    if handler in everyone and handler not in FEDERATED_TRAINERS:
+        yield from _centralised(config, trainer)
+
+
+def _centralised(config: RunConfig, trainer: TrainerConfig) -> Iterator[str]:
+    if config.aggregator is not None:
+        yield (
+            f"aggregator={config.aggregator.name}: trainer={trainer.handler} works in one place and averages nothing; "
+            "leave it out"
+        )
+    usual = MethodArgs()
+    given = [n for n in usual.__dataclass_fields__ if getattr(trainer.method_args, n) != getattr(usual, n)]
+    yield from (
+        f"trainer.method_args.{n}: trainer={trainer.handler} works in one place, without clients; leave it out"
+        for n in given
+    )
+
+
+def _federation(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
+    if trainer is None or trainer.handler not in FEDERATED_TRAINERS:
+        return
+    a, prefix = trainer.method_args, "trainer.method_args"
+    if config.aggregator is None:
+        yield f"aggregator: trainer={trainer.handler} needs one{nearest('', AGGREGATORS)}"
+    elif a.aggregation_strategy not in {None, config.aggregator.name}:
+        yield f"{prefix}.aggregation_strategy={a.aggregation_strategy} contradicts aggregator={config.aggregator.name}"
+    if config.method is not None and a.unlearn_trainer_cls not in {None, config.method.name}:
+        yield f"{prefix}.unlearn_trainer_cls={a.unlearn_trainer_cls} contradicts method={config.method.name}"
+    clients = a.num_clients
+    if clients is not None and clients < 1:
+        yield f"{prefix}.num_clients={clients}: must be at least 1"
+    elif a.target_client_idx != "all" and not 0 <= a.target_client_idx < (clients or 10**9):
+        last = f"0 to {clients - 1}" if clients else "0, 1, ..."
+        yield f"{prefix}.target_client_idx={a.target_client_idx}: must be a client of the run ({last}), or all"
+    if a.min_clients < 1 or (clients is not None and 1 <= clients < a.min_clients):
+        yield f"{prefix}.min_clients={a.min_clients}: must be between 1 and num_clients ({clients})"
+    if not 0 < a.fraction_fit <= 1:
+        yield f"{prefix}.fraction_fit={a.fraction_fit}: must be above 0 and at most 1"
+    fewest = 0 if config.mode == "unlearn" and a.schedule == "local_then_recover" else 1
+    if a.global_rounds < fewest:
+        yield f"{prefix}.global_rounds={a.global_rounds}: must be at least {fewest}"
+    if a.unlearn_epochs is not None and a.unlearn_epochs <= 0:
+        yield f"{prefix}.unlearn_epochs={a.unlearn_epochs}: must be above 0"
+
+
+def _lora(config: RunConfig) -> Iterator[str]:
+    lora, prefix = config.model.model_args.lora_config, "model.model_args.lora_config"
+    if lora is None:
+        return
+    if lora.r < 1:
+        yield f"{prefix}.r={lora.r}: must be at least 1"
+    if lora.lora_alpha <= 0:
+        yield f"{prefix}.lora_alpha={lora.lora_alpha}: must be above 0"
+    if not 0 <= lora.lora_dropout < 1:
+        yield f"{prefix}.lora_dropout={lora.lora_dropout}: must be at least 0 and below 1"
+    if not lora.target_modules:
+        yield f"{prefix}.target_modules: names no module"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if config.mode == "finetune" and data.train is None:
+        yield "data.train: fine-tuning needs a training set; take experiment=finetune/tofu/default or data=finetune"
+    if config.mode == "unlearn":
+        yield from (
+            f"data.{split}: unlearning needs it; take experiment=unlearn/tofu/default or data=unlearn"
+            for split in ("forget", "retain")
+            if getattr(data, split) is None
+        )
+        if data.forget is not None and data.retain is not None and (both := _overlap(data.forget, data.retain)):
+            yield both
+    for key, dataset in datasets(data):
+        if dataset.max_length < 1:
+            yield f"{key}.max_length={dataset.max_length}: must be at least 1"
+        if dataset.limit is not None and dataset.limit < 1:
+            yield f"{key}.limit={dataset.limit}: keeps no row; use 1 or more, or null"
+
+
+def _overlap(forget: DatasetConfig, retain: DatasetConfig) -> str | None:
+    """TOFU's numbers are percent of its authors: forget10 and retain95 have 5 percent in common."""
+    a, b = re.fullmatch(r"forget(\d\d)", forget.name), re.fullmatch(r"retain(\d\d)", retain.name)
+    if forget.path != retain.path or a is None or b is None or int(a[1]) + int(b[1]) <= 100:
+        return None
+    return (
+        f"forget_split={forget.name} and retain_split={retain.name} have rows in common; "
+        f"take retain_split=retain{100 - int(a[1]):02d}"
+    )
+
+
+def datasets(data: DataConfig) -> list[tuple[str, DatasetConfig]]:
+    """The data sets of a run with their keys."""
+    return [
+        (f"data.{name}", dataset)
+        for name, dataset in (("train", data.train), ("forget", data.forget), ("retain", data.retain))
+        if dataset is not None
+    ]
+
+
+def _limits(config: RunConfig) -> Iterator[str]:
+    if not config.task_name.strip() or Path(config.task_name).is_absolute() or ".." in Path(config.task_name).parts:
+        yield f"task_name={config.task_name}: must be a name, or a path below saves/{config.mode}"
+    if config.partition.alpha <= 0:
+        yield f"partition.alpha={config.partition.alpha}: must be above 0"
+    if config.engine.keep_checkpoints < 1:
+        yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
+    if config.eval is None:
+        if config.mode == "eval":
+            yield "eval: mode eval needs a suite; give eval=tofu"
+        return
+    e = config.eval
+    numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
+    numbers["generation.max_new_tokens"] = e.generation.max_new_tokens
+    yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)

@@ -1,0 +1,97 @@
+"""The files and directories that a run names, looked at before anything is loaded or made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from unfed.base.errors import DataError, UnfedError
+from unfed.config.checks import datasets
+from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+
+
+def preflight(config: RunConfig) -> list[str]:
+    """What is wrong on disk, each problem with its key. Nothing is written, and no network is asked."""
+    return [problem for check in PREFLIGHT for problem in check(config)]
+
+
+def _model_files(config: RunConfig) -> Iterator[str]:
+    args = config.model.model_args
+    name = args.pretrained_model_name_or_path
+    local = Path(name).exists() or name.count("/") != 1 or name.startswith((".", "~", "/", "saves/"))
+    if not local and args.lora_model_path is None and args.base_model_name_or_path is None:
+        return  # a hub name: nothing to look at, and the imports below take seconds
+    from unfed.models.load import resolve_source
+
+    try:
+        resolve_source(args, config.model.tokenizer_args)
+    except UnfedError as e:
+        yield str(e)
+
+
+def _data_files(config: RunConfig) -> Iterator[str]:
+    from unfed.data.datasets import DatasetSpec
+    from unfed.data.datasets import preflight as look
+
+    sets = {
+        (d.path, d.name): DatasetSpec(d.path, d.name, d.split, d.question_key, d.answer_key, d.max_length, d.limit)
+        for _, d in datasets(config.data)
+    }
+    if config.eval is not None and (config.eval.enabled or config.mode == "eval"):
+        name = f"{config.eval.forget_split}_perturbed"
+        sets[config.eval.path, name] = DatasetSpec(config.eval.path, name)
+    try:
+        found = [problem for spec in sets.values() for problem in look(spec, config.paths.data_dir)]
+    except DataError as e:
+        found = [str(e)]
+    yield from dict.fromkeys(found)
+
+
+def _other_files(config: RunConfig) -> Iterator[str]:
+    named = {"partition.manifest": config.partition.manifest, "data.idk": config.data.idk}
+    if config.eval is not None:
+        named["retain_logs_path"] = config.eval.retain_logs_path
+    for key, path in named.items():
+        if path is not None and not Path(path).exists():
+            yield f"{key}={path}: there is no such file"
+
+
+def _manifest(config: RunConfig) -> Iterator[str]:
+    """The target client against the partition that an earlier run wrote beside its adapter."""
+    trainer, args = config.trainer, config.model.model_args
+    if trainer is None or trainer.handler not in FEDERATED_TRAINERS or trainer.method_args.target_client_idx == "all":
+        return
+    places = [Path(p) / "partition.json" for p in (args.lora_model_path, args.pretrained_model_name_or_path) if p]
+    file = next((f for f in (Path(config.partition.manifest or ""), *places) if f.is_file()), None)
+    if file is None:
+        return
+    from unfed.data.partition import Partition
+
+    try:
+        clients = len(Partition.read(file).clients)
+    except UnfedError as e:
+        yield str(e)
+        return
+    if trainer.method_args.target_client_idx >= clients:
+        index = trainer.method_args.target_client_idx
+        yield f"trainer.method_args.target_client_idx={index}: {file} has {clients} clients (0 to {clients - 1})"
+
+
+def _output(config: RunConfig) -> Iterator[str]:
+    path = Path(config.paths.output_dir)
+    if path.exists() and not path.is_dir():
+        yield f"paths.output_dir={path}: is a file"
+        return
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        yield f"paths.output_dir={path}: {there} cannot be written to"
+
+
+PREFLIGHT: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _model_files,
+    _data_files,
+    _other_files,
+    _manifest,
+    _output,
+)

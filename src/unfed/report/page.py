@@ -1,0 +1,126 @@
+"""One self-contained HTML page on a study: which model forgot what, at what cost."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+
+from unfed.base.artifacts import atomic_path
+from unfed.report import figures
+
+METRICS: Mapping[str, tuple[str, str]] = {
+    "forget_Q_A_Prob": (
+        "forget probability",
+        "How sure the model is of the answers to forget. Lower; the oracle's is the aim.",
+    ),
+    "forget_Q_A_ROUGE": ("forget ROUGE", "How much of those answers it writes out. Lower; the oracle's is the aim."),
+    "forget_truth_ratio": (
+        "forget truth ratio",
+        "Whether it still prefers the truth to wrong answers. The oracle's is the aim.",
+    ),
+    "forget_quality": (
+        "forget quality (p)",
+        "p-value: can its truth ratios be told from the oracle's? Above 0.05: no.",
+    ),
+    "retain_Q_A_Prob": ("retain probability", "How sure it is of answers it should keep. Higher."),
+    "retain_Q_A_ROUGE": ("retain ROUGE", "How much of those answers it writes out. Higher."),
+    "ra_Q_A_Prob_normalised": (
+        "real authors",
+        "Probability of the truth among options, authors nobody asked to forget. Higher.",
+    ),
+    "wf_Q_A_Prob_normalised": ("world facts", "The same for common knowledge. Higher."),
+    "model_utility": ("model utility", "Harmonic mean of nine retain, author and fact metrics. Higher."),
+}
+PLOTTED = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "retain_Q_A_Prob", "retain_Q_A_ROUGE", "model_utility")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What each model says to one question."""
+
+    split: str
+    question: str
+    truth: str
+    said: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took."""
+
+    run: str
+    seconds: float
+    rounds: int
+    megabytes: float
+    aggregation_error: float | None
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """All that the page shows. ``summaries``: model -> metric -> number; ``losses``: run -> (phase, loss) a round."""
+
+    title: str
+    command: str
+    summaries: Mapping[str, Mapping[str, float]]
+    losses: Mapping[str, Sequence[tuple[str, float]]]
+    answers: Sequence[Answer]
+    costs: Sequence[Cost]
+    machine: str
+
+
+def number(metric: str, value: float | None) -> str:
+    """A metric's value for reading: p-values also as a power of ten."""
+    if value is None:
+        return "–"
+    if metric == "forget_quality":
+        return f"{value:.3g}" if value >= 0.001 else f"1e{math.log10(value):.1f}" if value > 0 else "0"
+    return f"{value:.3f}"
+
+
+def verdict(summaries: Mapping[str, Mapping[str, float]], model: str) -> str:
+    """One plain sentence: did ``model`` forget, and what did it keep?"""
+    need = ("forget_Q_A_Prob", "retain_Q_A_Prob")
+    if any(m not in summaries or any(k not in summaries[m] for k in need) for m in ("finetuned", "oracle", model)):
+        return f"{model}: not enough was measured for a verdict."
+    before, aim, now = (summaries[m]["forget_Q_A_Prob"] for m in ("finetuned", "oracle", model))
+    kept = summaries[model]["retain_Q_A_Prob"] / max(summaries["finetuned"]["retain_Q_A_Prob"], 1e-9)
+    gone = (before - now) / max(before - aim, 1e-9)
+    if gone >= 1.05:
+        how = "went further than a model that never saw the rows (below the oracle: that, too, can be noticed)"
+    elif gone >= 0.8:
+        how = "answers the forgotten questions about as a model that never saw them"
+    elif gone >= 0.3:
+        how = "forgot a part"
+    else:
+        how = "hardly forgot"
+    numbers = f"probability {before:.2f} → {now:.2f}, oracle {aim:.2f}"
+    return f"{model} {how} ({numbers}) and kept {kept:.0%} of the retain probability."
+
+
+def write_report(path: Path, report: StudyReport) -> None:
+    """Write the page, atomically. It loads nothing from elsewhere."""
+    labels = {m: METRICS[m][0] for m in PLOTTED}
+    images = {
+        "bars": figures.bars(report.summaries, labels),
+        "curves": figures.curves(report.losses) if report.losses else b"",
+    }
+    # Only a package of ours is read, and values are escaped.
+    environment = Environment(loader=PackageLoader("unfed.report", "."), autoescape=True)
+    shown = {m: v for m, v in METRICS.items() if any(m in s for s in report.summaries.values())}
+    unlearned = [m for m in report.summaries if m not in {"base", "finetuned", "oracle"}]
+    html = environment.get_template("page.html.j2").render(
+        report=report,
+        metrics=shown,
+        number=number,
+        verdicts=[verdict(report.summaries, m) for m in unlearned],
+        images={name: base64.b64encode(data).decode() for name, data in images.items() if data},
+    )
+    with atomic_path(path) as part:
+        part.write_text(html, encoding="utf-8")
+    with atomic_path(path.with_suffix(".png")) as part:
+        part.write_bytes(images["bars"])

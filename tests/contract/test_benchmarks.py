@@ -1,0 +1,77 @@
+"""The benchmarks run, do the same work on both sides, and count arithmetic correctly. Their figures are not tested."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+HERE = ("setting", "rounds", "steps", "overhead", "memory", "gpu")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The modules of ``benchmarks/``, imported as its scripts import one another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield {name: importlib.import_module(name) for name in HERE}
+    for name in HERE:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(bench):
+    return bench["setting"].SHAPES["tiny"]
+
+
+def test_rows_have_the_lengths_of_tofu(bench, tiny):
+    rows = bench["setting"].make_rows(tiny, 2000, "lengths")
+    prompts, answers = (np.array([f(r) for r in rows]) for f in (lambda r: r.prompt_len, lambda r: r.num_label_tokens))
+    assert prompts.mean() == pytest.approx(47.9, abs=0.5)
+    assert prompts.std() == pytest.approx(5.8, abs=0.5)
+    assert answers.mean() == pytest.approx(36.7, abs=1)
+    assert answers.std() == pytest.approx(12.0, abs=1.5)
+
+
+def test_overhead_does_the_same_steps_on_both_sides(bench, tiny):
+    found = bench["overhead"].measure(tiny, repeats=1)
+    assert found["steps"] == 3 * tiny.rows_per_client // tiny.batch_size
+    assert found["federated_over_plain"] > 0
+
+
+def test_steps_count_all_tokens(bench, tiny):
+    found = bench["steps"].measure(tiny, repeats=1, batches=4)
+    rows = bench["setting"].make_rows(tiny, 4 * tiny.batch_size, "steps")
+    assert found["tokens"] == sum(len(r) for r in rows) > found["label_tokens"]
+    assert found["our_tokens_per_second"] == pytest.approx(found["tokens"] / found["our_seconds"][0])
+
+
+def test_growth_is_a_slope_in_adapters(bench):
+    points = [{"host": 1000 + 30 * n, "adapter": 20} for n in (2, 4, 16)]
+    assert bench["memory"].growth([2, 4, 16], points, "host") == pytest.approx(1.5)
+
+
+def test_memory_of_one_point_in_a_process_of_its_own(bench, tiny):
+    point = bench["memory"]._in_process_of_its_own(tiny, 2, "npo")
+    assert point["host"] > 50e6
+    # 2 layers; rank 16; for q, o, gate, up, down and k, v (width 32): r * (in + out), in float32.
+    per_layer = 16 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
+    assert point["adapter"] == 2 * per_layer * 4
+
+
+def test_needed_flops_by_hand(bench, tiny):
+    row = bench["setting"].make_rows(tiny, 1, "flops")
+    tokens, labels = len(row[0]), row[0].num_label_tokens
+    frozen = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    adapter = 2 * 16 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
+    expected = tokens * (4 * frozen + 6 * adapter) + labels * 4 * 512 * 64 + 6 * tokens**2 * 64 * 2
+    assert bench["gpu"].needed_flops(tiny, row) == expected
+
+
+def test_gpu_says_that_there_is_no_device(bench, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert bench["gpu"].main() == 2
+    assert "no CUDA device" in capsys.readouterr().err

@@ -1,0 +1,264 @@
+"""The border to Hydra: every problem at once, each with its key, its value and the nearest name."""
+
+import dataclasses
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from unfed.base.errors import ConfigError
+from unfed.config.load import config_dir, examine, from_hydra
+from unfed.config.preflight import preflight
+from unfed.config.schema import MethodConfig, RunConfig
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """Compositions that the tests alter copies of."""
+    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+        given = ["model=tiny-lora", "model.model_args.pretrained_model_name_or_path=nobody/nothing", "task_name=t"]
+        return {
+            "unlearn": compose("unlearn-lora", [*given, "experiment=unlearn/tofu/default"]),
+            "finetune": compose("train-lora", [*given, "experiment=finetune/tofu/default"]),
+            "central": compose("unlearn", [*given, "trainer=GradDiff"]),
+        }
+
+
+@pytest.fixture
+def altered(composed):
+    def alter(which="unlearn", **changes):
+        cfg = composed[which].copy()
+        OmegaConf.set_struct(cfg, value=False)
+        for key, value in changes.items():
+            OmegaConf.update(cfg, key, value, merge=False)
+        return cfg
+
+    return alter
+
+
+def test_a_composition_becomes_a_run(altered):
+    config = from_hydra(altered())
+    assert isinstance(config, RunConfig)
+    assert config.mode == "unlearn"
+    assert config.method == MethodConfig("NPO", {"beta": 0.1, "gamma": 1.0, "alpha": 1.0, "retain_loss_type": "NLL"})
+    assert config.aggregator is not None
+    assert config.aggregator.params["server_lr"] == 1.0
+    assert config.trainer is not None
+    assert config.trainer.method_args.unlearn_trainer_cls == "NPO"
+    assert (config.trainer.method_args.global_rounds, config.trainer.method_args.unlearn_epochs) == (2, 5)
+    assert config.model.model_args.lora_config is not None
+    assert config.model.model_args.lora_config.target_modules[0] == "q_proj"
+    assert config.data.forget is not None
+    assert config.data.forget.name == "forget10"
+    assert config.eval is not None
+    assert config.eval.holdout_split == "holdout10"
+    assert config.paths.output_dir.endswith("saves/unlearn/t")
+
+
+def test_a_run_is_frozen(altered):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        from_hydra(altered()).seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_fine_tuning_has_no_method_and_one_place_has_no_aggregator(altered):
+    finetune, central = from_hydra(altered("finetune")), from_hydra(altered("central"))
+    assert finetune.method is None
+    assert finetune.trainer is not None
+    assert (finetune.trainer.method_args.num_clients, finetune.trainer.method_args.global_rounds) == (3, 5)
+    assert central.aggregator is None
+    assert central.method is not None
+    assert central.method.name == "GradDiff"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp16", "bf16"), [("float32", False, False), ("bfloat16", False, True), ("bfloat16", True, False)]
+)
+def test_mixed_precision_follows_the_model_unless_said(altered, dtype, fp16, bf16):
+    config = from_hydra(altered(**{"model.model_args.torch_dtype": dtype, "trainer.args.fp16": fp16}))
+    assert config.trainer is not None
+    assert config.trainer.args["bf16"] is bf16
+
+
+def test_a_task_name_that_looks_like_a_number_is_a_name(altered):
+    assert from_hydra(altered(task_name=2024)).task_name == "2024"
+
+
+WRONG = {
+    "unknown key": ({"model.model_args.use_loraa": True}, "model.model_args.use_loraa", "'use_lora'"),
+    "unknown nested key": (
+        {"model.model_args.lora_config.rank": 4},
+        "model.model_args.lora_config.rank",
+        "r, rank_pattern",
+    ),
+    "unknown key at the top": ({"sed": 3}, "sed: no such setting", "'seed'"),
+    "a choice": ({"trainer.method_args.schedule": "interlaced"}, "schedule=interlaced", "'interleaved'"),
+    "a number": ({"trainer.method_args.global_rounds": "many"}, "trainer.method_args.global_rounds=many", "integer"),
+    "an index or all": ({"trainer.method_args.target_client_idx": "first"}, "target_client_idx=first", "'all'"),
+    "a training argument": ({"trainer.args.lerning_rate": 1e-4}, "trainer.args.lerning_rate", "'learning_rate'"),
+    "an old name": ({"trainer.args.evaluation_strategy": "no"}, "trainer.args.evaluation_strategy", "eval_strategy"),
+    "a training value": ({"trainer.args.num_train_epochs": "abc"}, "trainer.args.num_train_epochs", "'abc'"),
+    "an optimizer": ({"trainer.args.optim": "adamw_torchh"}, "trainer.args.optim=adamw_torchh", "'adamw_torch'"),
+    "a method": ({"method.name": "NPOO"}, "method.name=NPOO", "'NPO'"),
+    "a method's parameter": ({"method.bta": 1}, "method.bta", "'beta'"),
+    "a method's value": ({"method.beta": -1}, "method.beta", "above 0"),
+    "a strategy": ({"aggregator.name": "FedAvgg"}, "aggregator.name=FedAvgg", "'FedAvg'"),
+    "another rule's parameter": ({"aggregator.tau": 1e-3}, "aggregator.tau", "FedAvg has no such"),
+    "a method's parameter in method_args": ({"trainer.method_args.beta": 1}, "trainer.method_args.beta", "method.beta"),
+    "a rule's parameter in method_args": (
+        {"trainer.method_args.server_lr": 1},
+        "method_args.server_lr",
+        "aggregator.server_lr",
+    ),
+    "no such client": (
+        {"trainer.method_args.num_clients": 3, "trainer.method_args.target_client_idx": 3},
+        "target_client_idx=3",
+        "0 to 2",
+    ),
+    "no such client, counted backwards": (
+        {"trainer.method_args.target_client_idx": -1},
+        "target_client_idx=-1",
+        "client of the run",
+    ),
+    "no clients": ({"trainer.method_args.num_clients": 0}, "num_clients=0", "at least 1"),
+    "more at least than there are": (
+        {"trainer.method_args.num_clients": 2, "trainer.method_args.min_clients": 3},
+        "min_clients=3",
+        "between 1",
+    ),
+    "nobody takes part": ({"trainer.method_args.fraction_fit": 0}, "fraction_fit=0", "above 0"),
+    "no epochs": ({"trainer.method_args.unlearn_epochs": 0}, "unlearn_epochs=0", "above 0"),
+    "negative rounds": ({"trainer.method_args.global_rounds": -1}, "global_rounds=-1", "at least 0"),
+    "interleaved without rounds": (
+        {"trainer.method_args.global_rounds": 0, "trainer.method_args.schedule": "interleaved"},
+        "global_rounds=0",
+        "at least 1",
+    ),
+    "two methods": ({"trainer.method_args.unlearn_trainer_cls": "SimNPO"}, "unlearn_trainer_cls=SimNPO", "method=NPO"),
+    "two strategies": (
+        {"trainer.method_args.aggregation_strategy": "FedYogi"},
+        "aggregation_strategy=FedYogi",
+        "aggregator=FedAvg",
+    ),
+    "a trainer": (
+        {"trainer.handler": "FederatedUnlearn"},
+        "trainer.handler=FederatedUnlearn",
+        "'FederatedUnlearningTrainer'",
+    ),
+    "a trainer of the other mode": (
+        {"trainer.handler": "FederatedFinetune"},
+        "trainer=FederatedFinetune",
+        "train-lora.yaml",
+    ),
+    "overlapping splits": ({"retain_split": "retain95"}, "forget_split=forget10 and retain_split=retain95", "retain90"),
+    "no forget set": ({"data.forget": None}, "data.forget", "experiment=unlearn/tofu/default"),
+    "nothing kept": ({"data.forget.limit": 0}, "data.forget.limit=0", "1 or more"),
+    "a metric": ({"eval.metrics": ["forget_qualty"]}, "forget_qualty", "'forget_quality'"),
+    "a batch of nothing": ({"eval.batch_size": 0}, "eval.batch_size=0", "at least 1"),
+    "a rank": ({"model.model_args.lora_config.r": 0}, "model.model_args.lora_config.r=0", "at least 1"),
+    "a dropout": ({"model.model_args.lora_config.lora_dropout": 1}, "lora_dropout=1", "below 1"),
+    "a concentration": ({"partition.alpha": 0}, "partition.alpha=0", "above 0"),
+    "checkpoints": ({"engine.keep_checkpoints": 0}, "engine.keep_checkpoints=0", "at least 1"),
+    "a preset's value": ({"lora": {"r": 4}}, "lora: choose a preset", "model.model_args.lora_config.r"),
+    "a name that leads away": ({"task_name": "../x"}, "task_name=../x", "must be a name"),
+    "no name": ({"task_name": ""}, "task_name=", "must be a name"),
+    "a missing value": ({"task_name": "???"}, "task_name: missing", "task_name=..."),
+    "a reference to nothing": ({"data.idk": "${idk_file}"}, "data.idk=${idk_file}", "idk_file"),
+}
+
+
+@pytest.mark.parametrize(("changes", "key", "hint"), WRONG.values(), ids=WRONG)
+def test_a_mistake_is_named_with_its_key_and_a_way_out(altered, changes, key, hint):
+    with pytest.raises(ConfigError) as e:
+        from_hydra(altered(**changes))
+    (problem,) = e.value.problems
+    assert key in problem
+    assert hint in problem
+
+
+@pytest.mark.parametrize(
+    ("which", "changes", "key", "hint"),
+    [
+        ("central", {"method.name": "NPO"}, "trainer=GradDiff and method=NPO", "contradict"),
+        ("central", {"aggregator": {"name": "FedAvg"}}, "aggregator=FedAvg", "leave it out"),
+        ("central", {"trainer.method_args": {"num_clients": 3}}, "trainer.method_args.num_clients", "without clients"),
+        ("finetune", {"method": {"name": "NPO"}}, "method=NPO", "leave it out"),
+        ("finetune", {"method": {"beta": 1}}, "method: beta given", "method=NAME"),
+        ("finetune", {"data.train": None}, "data.train", "experiment=finetune/tofu/default"),
+        ("finetune", {"trainer.method_args.global_rounds": 0}, "global_rounds=0", "at least 1"),
+    ],
+)
+def test_what_does_not_go_with_the_trainer_is_refused(altered, which, changes, key, hint):
+    _, problems = examine(altered(which, **changes))
+    assert len(problems) == 1
+    assert key in problems[0]
+    assert hint in problems[0]
+
+
+def test_all_problems_come_at_once(altered):
+    changes = {
+        "task_name": "???",
+        "sed": 3,
+        "model.model_args.torch_dtype": "float31",
+        "method.bta": 2,
+        "aggregator.tau": 1,
+        "trainer.args.lerning_rate": 1,
+        "trainer.method_args.num_clients": "three",
+    }
+    with pytest.raises(ConfigError) as e:
+        from_hydra(altered(**changes))
+    assert len(e.value.problems) == len(changes)
+    for key in changes:
+        assert sum(p.startswith((f"{key}:", f"{key}=")) for p in e.value.problems) == 1, key
+    assert str(e.value).startswith(f"The configuration has {len(changes)} problems:")
+
+
+def test_a_base_of_the_border_is_left_alone(altered):
+    cfg = altered(task_name="???")
+    before = OmegaConf.to_container(cfg, resolve=False)
+    examine(cfg)
+    assert OmegaConf.to_container(cfg, resolve=False) == before
+
+
+def test_files_that_are_not_there_are_named_before_anything_starts(altered, tmp_path):
+    cfg = altered(**{
+        "model.model_args.pretrained_model_name_or_path": f"{tmp_path}/gone",
+        "paths.data_dir": f"{tmp_path}/nowhere",
+        "retain_logs_path": f"{tmp_path}/log.json",
+        "partition.manifest": f"{tmp_path}/partition.json",
+    })  # fmt: skip
+    problems = preflight(from_hydra(cfg))
+    assert len(problems) == 4
+    for key in ("pretrained_model_name_or_path=", "paths.data_dir", "retain_logs_path=", "partition.manifest="):
+        assert any(key in p for p in problems), key
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_path_without_an_adapter_is_named(altered, tmp_path):
+    (problem,) = preflight(from_hydra(altered(**{"model.model_args.lora_model_path": str(tmp_path)})))
+    assert "lora_model_path" in problem
+    assert "adapter_config.json" in problem
+
+
+def test_a_split_that_the_data_root_lacks_is_named(altered, data_dir):
+    changes = {"paths.data_dir": str(data_dir), "retain_split": "retain09"}
+    (problem,) = preflight(from_hydra(altered(**changes)))
+    assert "'retain09'" in problem
+    assert "did you mean 'retain" in problem
+
+
+def test_a_target_beyond_the_partition_is_named(altered, tmp_path):
+    from unfed.data.partition import Partition
+
+    Partition({"client_0": ("a",), "client_1": ("b",)}, "iid", 0, "sha256:0").write(tmp_path / "partition.json")
+    changes = {"partition.manifest": str(tmp_path / "partition.json"), "trainer.method_args.target_client_idx": 2}
+    (problem,) = preflight(from_hydra(altered(**changes)))
+    assert "target_client_idx=2" in problem
+    assert "0 to 1" in problem
+
+
+def test_an_output_directory_that_is_a_file_is_refused(altered, tmp_path):
+    (tmp_path / "taken").write_text("")
+    (problem,) = preflight(from_hydra(altered(**{"paths.output_dir": str(tmp_path / "taken")})))
+    assert "is a file" in problem
+    (problem,) = preflight(from_hydra(altered(**{"paths.output_dir": str(tmp_path / "taken" / "below")})))
+    assert "cannot be written to" in problem
