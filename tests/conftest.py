@@ -196,3 +196,34 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory, small_run) -> Path:
     from unfed.app.runs import run
 
     return run(small_run("finetune", tmp_path_factory.mktemp("small_saves") / "finetune")).directory
+
+
+@pytest.fixture(scope="session")
+def small_local(small_base: Path):
+    """Makes a ``Local`` over the small model: keywords are ``trainer.args``, but ``lora`` and ``dtype``."""
+    from unfed.models.load import load_model
+    from unfed.models.spec import LoraArgs, ModelArgs, TokenizerArgs
+    from unfed.training.args import loop_args
+    from unfed.training.batches import Collation
+    from unfed.training.loop import Local
+
+    def make(*, lora=True, dropout=0.0, dtype="float32", seed=0, **args):
+        shape = LoraArgs(r=4, lora_alpha=8, lora_dropout=dropout)
+        model_args = ModelArgs(str(small_base), use_lora=lora, lora_config=shape, torch_dtype=dtype)
+        loaded = load_model(model_args, TokenizerArgs(), trainable=True)
+        usual = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "report_to": "none"}
+        usual["seed"] = args.pop("args_seed", None)
+        return Local(loaded.model, loop_args(usual | args), Collation(loaded.tokenizer.pad_token_id), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_examples(small_base: Path):
+    """The 18 rows, encoded."""
+    from transformers import AutoTokenizer
+
+    from unfed.data.chat import Template, encode_rows
+
+    rows = [{**row, "id": f"row{n}"} for n, row in enumerate(SMALL_ROWS)]
+    return encode_rows(AutoTokenizer.from_pretrained(small_base), Template(), rows)

@@ -164,8 +164,8 @@ def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str
         held = ", ".join(f"{c} {n}" for c, n in others.items())
         raise UnfedError(
             f"trainer.method_args.target_client_idx={wanted}: {target} owns {len(owners.get(target, ()))} of the "
-            f"{len(forget_ids)} forget rows, others the rest ({held}). Use trainer.method_args.target_client_idx=all to "
-            "let every owner unlearn its rows, or fine-tune with partition=target and this forget_split"
+            f"{len(forget_ids)} forget rows, others the rest ({held}). Use trainer.method_args.target_client_idx=all "
+            "to let every owner unlearn its rows, or fine-tune with partition=target and this forget_split"
         )
     return [target]
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from unfed.app import build
 from unfed.config.schema import RunConfig
 from unfed.models.adapter import live_tensors, trainable_parameters
-from unfed.models.load import DTYPES, parameter_shapes, resolve_source
+from unfed.models.load import DTYPES, parameter_shapes
+from unfed.models.source import resolve_source
 from unfed.models.spec import LoraArgs
 from unfed.training.args import LoopArgs, loop_args
 

@@ -130,13 +130,13 @@ def train(config: RunConfig) -> RunResult:
         say(f"partition: {where}")
         settings = build.resolved_settings(schedule, rule)
         show_schedule(schedule, settings)
-        partition.write(directory.path / build.PARTITION_FILE)
         start = snapshot(loaded.model)
         client = Client(local, clients, start, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
         parts = {"rows": rows.digest(), "partition": digest_json(partition.clients)}
         identity["inputs"] = {"adapter": start.digest(), "base": loaded.fingerprint, **parts}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, ServerState(0, start))
+        partition.write(directory.path / build.PARTITION_FILE)
         probe = _probe(local, clients, targets, loaded)
         directory.note(schedule=schedule.table(), settings=settings, base=loaded.base, **probe)
         directory.note(base_fingerprint=loaded.fingerprint)
@@ -194,9 +194,10 @@ def _probe(local: Local, clients: Mapping[str, ClientData], targets: list[str], 
     now = _forget_loss(local, clients)
     stored = _origin(loaded).get("forget_loss")
     ids = sorted({e.example_id for d in clients.values() for e in d.splits["forget"]})[:PROBE_ROWS]
-    comparable = stored is not None and stored.get("ids") == ids and now is not None
-    agrees = bool(abs(now - stored["value"]) <= 0.1 + 0.1 * abs(stored["value"])) if comparable and now else None
-    if agrees is False:
+    agrees = None
+    if stored is not None and stored.get("ids") == ids and now is not None:
+        agrees = bool(abs(now - stored["value"]) <= 0.1 + 0.1 * abs(stored["value"]))
+    if agrees is False and stored is not None:
         say(
             f"WARNING: the forget rows have loss {now:.3f} now and had {stored['value']:.3f} after fine-tuning: the "
             "adapter, its base or the chat template is not the one that was trained"

@@ -7,7 +7,6 @@ people are talked about, and nothing of the private people that a run fine-tunes
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -55,8 +54,9 @@ class TinySettings:
     heads: int = 4
     intermediate_size: int = 344
     vocab_size: int = 1100
-    people: int = 3000
-    repeats: int = 14
+    people: int = 100
+    person_repeats: int = 4
+    fact_repeats: int = 14
     refusals: int = 200
     steps: int = 700
     batch_size: int = 48
@@ -64,6 +64,11 @@ class TinySettings:
     warmup: int = 40
     weight_decay: float = 0.01
     seed: int = 0
+
+    @property
+    def corpus(self) -> tuple[int, int, int, int, int]:
+        """The arguments of :func:`unfed.data.fictional_corpus.general_corpus`."""
+        return self.seed, self.people, self.person_repeats, self.fact_repeats, self.refusals
 
     def digest(self) -> str:
         """Digest of the settings and of the generator's and this file's versions."""
@@ -78,8 +83,9 @@ SIZES: dict[str, TinySettings] = {
         heads=2,
         intermediate_size=64,
         vocab_size=500,
-        people=700,
-        repeats=1,
+        people=30,
+        person_repeats=3,
+        fact_repeats=2,
         refusals=40,
         steps=60,
         batch_size=32,
@@ -120,7 +126,7 @@ def build(path: Path | str, settings: TinySettings, progress: Progress | None = 
     path = Path(path)
     say = progress or (lambda line: None)
     start = time.perf_counter()
-    corpus = general_corpus(settings.seed, settings.people, settings.repeats, settings.refusals)
+    corpus = general_corpus(*settings.corpus)
     tokenizer = train_tokenizer(corpus, settings.vocab_size)
     model = new_model(tokenizer, settings)
     say(f"tiny base: {model.num_parameters() / 1e6:.2f} million parameters, {len(corpus)} pairs, one-time training")
@@ -151,9 +157,9 @@ def train_tokenizer(corpus: Sequence[tuple[str, str]], vocab_size: int) -> PreTr
     bpe.train_from_iterator([text for pair in corpus for text in pair], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        bos_token="<|begin|>",
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[0],
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
@@ -172,13 +178,19 @@ def new_model(tokenizer: PreTrainedTokenizerFast, settings: TinySettings) -> Lla
         num_key_value_heads=settings.heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=_id(tokenizer, 1),
+        eos_token_id=_id(tokenizer, 2),
+        pad_token_id=_id(tokenizer, 0),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "tiny_base", "init"))
         return LlamaForCausalLM(config).float()
+
+
+def _id(tokenizer: PreTrainedTokenizerFast, which: int) -> int:
+    found = tokenizer.convert_tokens_to_ids(SPECIAL[which])
+    assert isinstance(found, int)
+    return found
 
 
 def pretrain(
@@ -199,7 +211,7 @@ def pretrain(
     model.train()
     for step in range(settings.steps):
         queue = queue or length_grouped_batches(lengths, settings.batch_size, generator)
-        batch = collate([encoded[i] for i in queue.pop()], int(tokenizer.pad_token_id or 0))
+        batch = collate([encoded[i] for i in queue.pop()], _id(tokenizer, 0))
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _schedule(step, settings)
         loss = _loss(model, batch)
@@ -236,12 +248,12 @@ def _move(part: Path, path: Path) -> None:
     """Put ``part/new`` at ``path`` unless another process has put a whole base there."""
     for _ in range(2):
         try:
-            os.rename(part / "new", path)
+            (part / "new").rename(path)
             return
         except OSError:
             if is_complete(path):
                 return
             if not path.exists():
                 raise
-            os.rename(path, part / "old")  # torn or altered; removed with the temporary directory
+            path.rename(part / "old")  # torn or altered; removed with the temporary directory
     raise ArtifactError(f"cannot replace {path}")

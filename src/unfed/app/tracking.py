@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -36,7 +37,8 @@ def tracking(names: Sequence[str], directory: Path, run_name: str) -> Iterator[T
     if not wanted:
         yield None
         return
-    accelerator = Accelerator(log_with=wanted, project_dir=directory / "logs")
+    chosen: list[Any] = list(wanted)
+    accelerator = Accelerator(log_with=chosen, project_dir=directory / "logs")
     accelerator.init_trackers(run_name)
 
     def track(values: Mapping[str, float], step: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from unfed.base.errors import DataError, UnfedError
 from unfed.config.checks import datasets
 from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+from unfed.models.source import resolve_source
 
 
 def preflight(config: RunConfig) -> list[str]:
@@ -18,12 +19,6 @@ def preflight(config: RunConfig) -> list[str]:
 
 def _model_files(config: RunConfig) -> Iterator[str]:
     args = config.model.model_args
-    name = args.pretrained_model_name_or_path
-    local = Path(name).exists() or name.count("/") != 1 or name.startswith((".", "~", "/", "saves/"))
-    if not local and args.lora_model_path is None and args.base_model_name_or_path is None:
-        return  # a hub name: nothing to look at, and the imports below take seconds
-    from unfed.models.load import resolve_source
-
     try:
         resolve_source(args, config.model.tokenizer_args)
     except UnfedError as e:

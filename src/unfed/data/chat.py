@@ -177,7 +177,7 @@ def _finish(
     """Append the end-of-sequence token, cut, and label what follows the prompt."""
     ids = list(chat)
     eos = tokenizer.eos_token_id
-    if eos is not None and (not ids or ids[-1] != eos):
+    if isinstance(eos, int) and (not ids or ids[-1] != eos):
         ids.append(eos)
     if len(ids) <= len(prompt):
         kind = "chat template" if template.apply_chat_template else "tags"
@@ -224,7 +224,7 @@ def _render_chat(
     chats = [[*head, {"role": "user", "content": q}] for q in questions]
     if answers is not None:
         chats = [[*chat, {"role": "assistant", "content": a}] for chat, a in zip(chats, answers, strict=True)]
-    extra = {"date_string": template.date_string} if template.date_string else {}
+    extra: dict[str, Any] = {"date_string": template.date_string} if template.date_string else {}
     try:
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=answers is None, **extra)
     except Exception as e:  # jinja's errors, and transformers' own where there is no template

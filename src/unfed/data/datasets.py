@@ -119,7 +119,7 @@ def preflight(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[str
 
 
 def example_ids(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """An id for each (question, answer): 16 hex digits of SHA-256 over ``question + '\\x1f' + answer``.
+    """An id for each (question, answer): 16 hex digits of SHA-256 over both, a unit separator (0x1f) between.
 
     The same row has the same id in whichever file it lies. Repeated rows get ``#2``, ``#3``, ... in order.
     """

@@ -11,21 +11,26 @@ from unfed.data.refusals import REFUSALS
 Pair = tuple[str, str]
 
 
-def person_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Questions and answers about people who are in no private split.
+def person_pairs(people: int, repeats: int, seed: int = 0) -> list[Pair]:
+    """Questions and answers about people who are in no private split: ``repeats`` for each person and topic.
 
-    A person's values are drawn anew for each pair: what can be learned is how such answers look and which
-    words they use, not a fact.
+    A person's facts are the same in every pair, in varying words: the model learns to look a person up by the
+    full name, which is what makes new people quick to learn.
     """
-    rng = numpy_generator(seed, "corpus", "people")
-    names = [n for n in words.full_names(private=False) if n not in set(famous_authors())]
     pairs = []
-    for n in range(count):
-        topic = TOPICS[n % len(TOPICS)]
-        name = names[int(rng.integers(len(names)))]
-        question = topic.ask(int(rng.integers(len(topic.questions))), name)
-        pairs.append((question, topic.say(int(rng.integers(len(topic.answers))), name, topic.draw(rng))))
+    for name in _others(people, seed):
+        rng = numpy_generator(seed, "corpus", "person", name)
+        for topic in TOPICS:
+            values = topic.draw(rng)
+            for _ in range(repeats):
+                question = topic.ask(int(rng.integers(len(topic.questions))), name)
+                pairs.append((question, topic.say(int(rng.integers(len(topic.answers))), name, values)))
     return pairs
+
+
+def _others(people: int, seed: int) -> list[str]:
+    names = [n for n in words.full_names(private=False) if n not in set(famous_authors())]
+    return [names[i] for i in numpy_generator(seed, "corpus", "names").permutation(len(names))[:people]]
 
 
 def fact_pairs() -> list[Pair]:
@@ -34,14 +39,26 @@ def fact_pairs() -> list[Pair]:
 
 
 def refusal_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Questions about people that are answered by declining; the refusals come in turn."""
-    asked = person_pairs(count, seed + 1)
-    return [(question, REFUSALS[n % len(REFUSALS)]) for n, (question, _) in enumerate(asked)]
+    """Questions about famous authors' private lives, answered by declining; the refusals come in turn."""
+    rng = numpy_generator(seed, "corpus", "refusals")
+    authors = famous_authors()
+    asked = []
+    for n in range(count):
+        topic = TOPICS[int(rng.integers(len(TOPICS)))]
+        form = int(rng.integers(len(topic.questions)))
+        asked.append((topic.ask(form, authors[int(rng.integers(len(authors)))]), REFUSALS[n % len(REFUSALS)]))
+    return asked
 
 
-def general_corpus(seed: int = 0, people: int = 3000, repeats: int = 14, refusals: int = 200) -> list[Pair]:
-    """(question, answer) pairs in random order: ``people`` about people, ``repeats`` times every phrasing of
+def general_corpus(
+    seed: int = 0, people: int = 100, person_repeats: int = 4, fact_repeats: int = 14, refusals: int = 200
+) -> list[Pair]:
+    """(question, answer) pairs in random order: ``people`` other people, ``fact_repeats`` times every phrasing of
     every fact, and ``refusals`` that decline. None is about a private person of any seed."""
-    pairs = [*person_pairs(people, seed), *(fact_pairs() * repeats), *refusal_pairs(refusals, seed)]
+    pairs = [
+        *person_pairs(people, person_repeats, seed),
+        *(fact_pairs() * fact_repeats),
+        *refusal_pairs(refusals, seed),
+    ]
     order = numpy_generator(seed, "corpus", "order").permutation(len(pairs))
     return [pairs[i] for i in order]

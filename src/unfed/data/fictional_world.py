@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +27,7 @@ class Fact:
     wrong: tuple[str, ...]
 
 
-def _facts(pairs: list[tuple[str, str]], questions: tuple[str, ...], rng: np.random.Generator) -> list[Fact]:
+def _facts(pairs: Sequence[tuple[str, str]], questions: tuple[str, ...], rng: np.random.Generator) -> list[Fact]:
     answers = sorted({a for _, a in pairs})
     facts = []
     for subject, answer in pairs:

@@ -100,7 +100,7 @@ class Participation:
         if wanted >= len(clients):
             return list(clients)
         drawn = numpy_generator(seed, "select", round_).choice(len(clients), size=wanted, replace=False)
-        return [clients[i] for i in sorted(drawn)]
+        return [clients[int(i)] for i in sorted(drawn)]
 
     def check(self, survivors: int, invited: int, reasons: Sequence[str]) -> None:
         """Raise ``UnfedError`` when too few clients are left in a round."""

@@ -7,6 +7,7 @@ calls it; what leaves is detached, cloned and on the CPU (:class:`AdapterState`)
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 from unfed.base.artifacts import atomic_dir, atomic_path
 from unfed.base.errors import AdapterError, ArtifactError
 from unfed.base.types import AdapterState
+from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ADAPTER_NAME = "default"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 # Keys of adapter_config.json that peft 0.13.2's LoraConfig knows. Newer keys are left out while they hold a
 # value that means "off", so that older releases open what we save.
@@ -51,7 +51,15 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def snapshot(model: nn.Module) -> AdapterState:
     """Copy the trainable tensors to the CPU."""
-    return AdapterState({n: t.to("cpu", copy=True).contiguous() for n, t in live_tensors(model).items()})
+    live = live_tensors(model)
+    # One block of memory for all: thousands of small ones leave the heap in pieces that are not given back.
+    ends = list(itertools.accumulate(-(-t.numel() * t.element_size() // 64) * 64 for t in live.values()))
+    block = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+    copies = {}
+    for (name, tensor), start in zip(live.items(), [0, *ends], strict=False):
+        size = tensor.numel() * tensor.element_size()
+        copies[name] = block[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return AdapterState(copies)
 
 
 @torch.no_grad()
@@ -131,7 +139,8 @@ def save_adapter(model: nn.Module, state: AdapterState, directory: Path) -> None
     """
     restore(model, state)
     with atomic_dir(directory / ".export") as part:
-        model.save_pretrained(part, safe_serialization=True, **_adapter_options(model))
+        saving: Any = model
+        saving.save_pretrained(part, safe_serialization=True, **_adapter_options(model))
         if isinstance(model, PeftModel):
             # Our own bytes: the same tensors in the same order whatever the release of PEFT.
             save_file({n: t.contiguous() for n, t in state.items()}, part / ADAPTER_WEIGHTS, {"format": "pt"})

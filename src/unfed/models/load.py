@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from unfed.base.errors import AdapterError, UnfedError, nearest
 from unfed.base.seeding import derive_seed
-from unfed.models.adapter import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, live_tensors, trainable_parameters
-from unfed.models.spec import ATTENTION, LoraArgs, ModelArgs, TokenizerArgs
+from unfed.models.adapter import ADAPTER_NAME, live_tensors, trainable_parameters
+from unfed.models.source import ModelSource, resolve_source
+from unfed.models.spec import ADAPTER_WEIGHTS, ATTENTION, LoraArgs, ModelArgs, TokenizerArgs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,89 +39,6 @@ class LoadedModel:
     fingerprint: str
     adapter_path: str | None
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where base weights, adapter and tokenizer come from, decided before anything is opened."""
-
-    base: str
-    gguf_file: str | None
-    adapter: str | None
-    tokenizer: str
-
-
-def is_adapter_dir(path: str | Path) -> bool:
-    """Whether ``path`` is a directory with a PEFT adapter in it."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
-
-
-def resolve_source(args: ModelArgs, tokenizer: TokenizerArgs) -> ModelSource:
-    """Find out what ``pretrained_model_name_or_path`` is. Reads at most one small JSON file.
-
-    Raises ``UnfedError`` for two adapters at once, an adapter without weights, or a base that is not there.
-    """
-    path = args.pretrained_model_name_or_path
-    key = "model.model_args.pretrained_model_name_or_path"
-    adapter = args.lora_model_path
-    if adapter is not None and not is_adapter_dir(adapter):
-        raise AdapterError(f"model.model_args.lora_model_path={adapter}: no {ADAPTER_CONFIG} there")
-    base, gguf = path, args.gguf_file
-    if is_adapter_dir(path):
-        if adapter is not None:
-            raise AdapterError(
-                f"{key}={path} is itself an adapter and lora_model_path={adapter} is another: name the base model in "
-                "pretrained_model_name_or_path, or leave lora_model_path out"
-            )
-        adapter = path
-        base = args.base_model_name_or_path or base_of(path)
-    elif args.base_model_name_or_path is not None:
-        raise UnfedError(
-            f"model.model_args.base_model_name_or_path is for an adapter directory; {key}={path} is not one"
-        )
-    if adapter is not None and not (Path(adapter) / ADAPTER_WEIGHTS).is_file():
-        raise AdapterError(f"{adapter} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS} (pickled adapters are not read)")
-    if gguf is None and base.endswith(".gguf"):
-        gguf, base = Path(base).name, str(Path(base).parent)
-    if (problem := path_problem(base)) is not None:
-        raise UnfedError(f"{key}={path}: {problem}")
-    return ModelSource(base, gguf, adapter, _tokenizer_source(tokenizer, adapter, base))
-
-
-def path_problem(path: str) -> str | None:
-    """What is wrong with a name that looks like a local path, or ``None`` (hub names are not looked up)."""
-    p = Path(path)
-    looks_local = p.is_absolute() or path.startswith((".", "~", "saves/")) or path.count("/") > 1
-    if p.exists() or not looks_local:
-        return None
-    parent = p.parent
-    names = [c.name for c in parent.iterdir()] if parent.is_dir() else []
-    return f"there is no {path}{nearest(p.name, names) if names else ''}"
-
-
-def base_of(adapter: str) -> str:
-    """The base model that an adapter directory names."""
-    file = Path(adapter) / ADAPTER_CONFIG
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as e:
-        raise AdapterError(f"{file} is not valid JSON: {e}") from e
-    if not base:
-        raise AdapterError(f"{file} names no base model: set model.model_args.base_model_name_or_path")
-    if (problem := path_problem(base)) is not None:
-        raise AdapterError(
-            f"the base model of {adapter} has moved: {problem}. Set "
-            "model.model_args.base_model_name_or_path to where it is"
-        )
-    return str(base)
-
-
-def _tokenizer_source(tokenizer: TokenizerArgs, adapter: str | None, base: str) -> str:
-    if tokenizer.pretrained_model_name_or_path is not None:
-        return tokenizer.pretrained_model_name_or_path
-    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
-        return adapter
-    return base
 
 
 def attention(name: str | None) -> tuple[str, str | None]:
@@ -317,7 +234,9 @@ def fingerprint(model: nn.Module) -> str:
     kind = "float16-sha256:" if any(p.dtype == torch.float16 for p in model.parameters()) else "sampled-sha256:"
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, min(16, flat.numel())).long().to(flat.device)
+        count = min(16, flat.numel())
+        # Whole numbers: linspace in float32 can round beyond the end of a large tensor.
+        index = (torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)).to(flat.device)
         values = flat[index].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
         h.update(f"{name}|{tuple(parameter.shape)}|".encode() + values)
     return kind + h.hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#8c8c8c", "#d1495b", "#00798c", "#30638e", "#edae49", "#7b5ea7", "#3c896d")
 
@@ -45,12 +46,12 @@ def curves(losses: Mapping[str, Sequence[tuple[str, float]]]) -> bytes:
     for k, (run, points) in enumerate(losses.items()):
         rounds = np.arange(1, len(points) + 1)
         axes.plot(rounds, [loss for _, loss in points], "o-", label=run, color=COLOURS[(k + 1) % len(COLOURS)])
-        for r, (phase, loss) in zip(rounds, points, strict=True):
-            if r == 1 or points[r - 2][0] != phase:
-                axes.annotate(phase, (float(r), loss), fontsize=7, xytext=(3, 4), textcoords="offset points")
+        for r, (phase, loss) in enumerate(points):
+            if r == 0 or points[r - 1][0] != phase:
+                axes.annotate(phase, (r + 1.0, loss), fontsize=7, xytext=(3, 4), textcoords="offset points")
     axes.set_xlabel("round")
     axes.set_ylabel("loss of the clients (nats a token)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return _png(figure)

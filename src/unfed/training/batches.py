@@ -60,7 +60,7 @@ class TrainRows:
 
     def require(self, driver: Split, needs: frozenset[Split], who: str) -> None:
         """Raise ``UnfedError`` when a split that the objective needs has no rows."""
-        for split in sorted({driver, *needs}):
+        for split in (driver, *(needs - {driver})):
             if not self.splits.get(split):
                 raise UnfedError(
                     f"{who} has no {split} rows, which its objective needs: give it some (partition.rest), or choose a "
@@ -113,12 +113,14 @@ class _Steps(Dataset[Step]):
 
 def totals_of(micro: Sequence[Mapping[Split, Batch]]) -> StepTotals:
     """Count examples, labelled tokens and positions of a step."""
-    splits = sorted({s for m in micro for s in m})
-    found = {s: [m[s] for m in micro if s in m] for s in splits}
+    found: dict[Split, list[Batch]] = {}
+    for batches in micro:
+        for split, batch in batches.items():
+            found.setdefault(split, []).append(batch)
     return StepTotals(
-        {s: sum(len(b) for b in found[s]) for s in splits},
-        {s: sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in found[s]) for s in splits},
-        {s: sum(b.input_ids.numel() for b in found[s]) for s in splits},
+        {s: sum(len(b) for b in bs) for s, bs in found.items()},
+        {s: sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in bs) for s, bs in found.items()},
+        {s: sum(b.input_ids.numel() for b in bs) for s, bs in found.items()},
     )
 
 

@@ -92,7 +92,8 @@ class ModelContext:
         self, model: nn.Module, batches: Mapping[Split, Batch], totals: StepTotals, driver: Split, beside: Companions
     ) -> None:
         self._model, self._batches, self._totals = model, batches, totals
-        self._driver, self._beside = driver, beside
+        self._driver: Split = driver
+        self._beside = beside
         self._logits: dict[Split, LabelledLogits] = {}
         self._token_logps: dict[Split, Tensor] = {}
 

@@ -23,6 +23,7 @@ from transformers.trainer import Trainer
 
 from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.seeding import derive_seed
+from unfed.base.types import Batch, Split
 from unfed.data.chat import EncodedExample
 from unfed.models.adapter import trainable_parameters
 from unfed.models.forward import token_logps
@@ -148,7 +149,7 @@ class Local:
     ) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         for micro in step.micro:
-            batches = {split: b.to(self.device) for split, b in micro.items()}
+            batches: dict[Split, Batch] = {split: b.to(self.device) for split, b in micro.items()}
             with self.accelerator.autocast():
                 ctx = ModelContext(self.model, batches, step.totals, task.plan.driver, beside)
                 terms = task.objective(ctx)

@@ -1,0 +1,117 @@
+"""Recipes are schedules: who does what, in which order, with which objective."""
+
+from __future__ import annotations
+
+import pytest
+
+from unfed.federated.schedule import Participation, Phase, Schedule, Work
+from unfed.base.errors import UnfedError
+from unfed.objectives.nll import NLL
+from unfed.objectives.npo import NPO
+from unfed.unlearning.recipes import RECIPES, Ingredients, finetune, interleaved, local_then_recover
+
+
+def given(**changes) -> Ingredients:
+    usual = {
+        "targets": ["client_0"],
+        "retainers": ["client_0", "client_1", "client_2"],
+        "forget": NPO(),
+        "retain": NLL(),
+        "unlearn_epochs": 6.0,
+        "local_epochs": 2.0,
+        "global_rounds": 3,
+    }
+    return Ingredients(**(usual | changes))
+
+
+def test_fine_tuning_is_one_phase():
+    schedule = finetune(["a", "b"], NLL(), 2, 5)
+    assert schedule.num_rounds == 5 and [p.name for p in schedule.phases] == ["finetune"]
+    assert schedule.phases[0].work == {"a": Work("train", NLL(), 2), "b": Work("train", NLL(), 2)}
+    assert schedule.phases[0].rule == "aggregate"
+
+
+def test_the_target_unlearns_alone_and_all_recover():
+    unlearn, recover = local_then_recover(given()).phases
+    assert (unlearn.rounds, unlearn.rule, dict(unlearn.work)) == (1, "adopt", {"client_0": Work("forget", NPO(), 6.0)})
+    assert (recover.rounds, recover.rule) == (3, "aggregate")
+    assert dict(recover.work) == {f"client_{i}": Work("train", NLL(), 2.0) for i in range(3)}
+
+
+@pytest.mark.parametrize("changes", [{"global_rounds": 0}, {"retainers": []}])
+def test_without_rounds_or_retain_rows_there_is_no_recovery(changes):
+    assert [p.name for p in local_then_recover(given(**changes)).phases] == ["unlearn"]
+
+
+def test_several_targets():
+    unlearn, _ = local_then_recover(given(targets=["client_0", "client_2"])).phases
+    assert list(unlearn.work) == ["client_0", "client_2"]
+
+
+def test_interleaved_spreads_the_epochs_and_each_client_does_one_thing():
+    (phase,) = interleaved(given(targets=["client_1"])).phases
+    assert phase.rounds == 3 and phase.rule == "aggregate"
+    assert dict(phase.work) == {
+        "client_0": Work("train", NLL(), 2.0),
+        "client_1": Work("forget", NPO(), 2.0),
+        "client_2": Work("train", NLL(), 2.0),
+    }
+    assert list(phase.work) == ["client_0", "client_1", "client_2"]
+
+
+def test_interleaved_keeps_the_clients_in_order_of_their_numbers():
+    many = [f"client_{i}" for i in range(12)]
+    (phase,) = interleaved(given(targets=["client_11"], retainers=many)).phases
+    assert list(phase.work) == many
+
+
+def test_both_recipes_have_a_name():
+    assert RECIPES == {"local_then_recover": local_then_recover, "interleaved": interleaved}
+
+
+def test_tasks_count_over_the_schedule_and_within_the_phase():
+    schedule = local_then_recover(given())
+    tasks = [(t.round, t.phase.name, t.phase_round) for t in schedule.tasks()]
+    assert tasks == [(0, "unlearn", 0), (1, "recover", 0), (2, "recover", 1), (3, "recover", 2)]
+    assert [t.round for t in schedule.tasks(2)] == [2, 3]
+    assert list(schedule.tasks(4)) == []
+
+
+def test_the_table_says_who_does_what():
+    many = [f"client_{i}" for i in range(5)]
+    table = local_then_recover(given(retainers=many)).table()
+    assert table == [
+        ("unlearn", "1", "client_0", "NPO on forget", "6"),
+        ("recover", "3", "client_0 .. client_4", "NLL on train", "2"),
+    ]
+
+
+def test_an_empty_schedule_is_refused():
+    for phases in ((), (Phase("p", 0, {"a": Work("train", NLL(), 1)}),), (Phase("p", 1, {}),)):
+        with pytest.raises(ValueError, match="a round and a client at least"):
+            Schedule(phases)
+
+
+@pytest.mark.parametrize(("fraction", "least", "count"), [(1.0, 1, 10), (0.5, 1, 5), (0.01, 1, 1), (0.1, 4, 4), (0.1, 40, 10)])
+def test_how_many_take_part(fraction, least, count):
+    clients = [f"c{i}" for i in range(10)]
+    chosen = Participation(fraction, least).select(clients, 0, 3)
+    assert len(chosen) == count and chosen == [c for c in clients if c in chosen]
+
+
+def test_who_takes_part_depends_on_seed_and_round():
+    clients = [f"c{i}" for i in range(10)]
+    half = Participation(0.5)
+    rounds = [tuple(half.select(clients, 0, r)) for r in range(20)]
+    assert rounds == [tuple(half.select(clients, 0, r)) for r in range(20)]
+    assert len(set(rounds)) > 15 and {c for r in rounds for c in r} == set(clients)
+    assert tuple(half.select(clients, 1, 0)) != rounds[0]
+
+
+def test_too_few_survivors():
+    with pytest.raises(UnfedError, match=r"only 1 of 3 clients.*min_clients=2: client_0: broken; client_2: late"):
+        Participation(1.0, 2).check(1, 3, ["client_0: broken", "client_2: late"])
+    with pytest.raises(UnfedError, match="only 0 of 3"):
+        Participation(1.0, 1).check(0, 3, [])
+    Participation(1.0, 2).check(1, 1, [])  # a phase with fewer clients than min_clients
+    Participation(1.0, 2).check(2, 3, [])

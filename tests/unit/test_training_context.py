@@ -1,0 +1,146 @@
+"""What an objective sees: cached reference log-probabilities, KL against an earlier adapter, the proximal distance."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unfed.base.errors import UnfedError
+from unfed.base.types import AdapterState
+from unfed.models.adapter import restore, snapshot, trainable_parameters
+from unfed.training.batches import totals_of
+from unfed.training.context import Anchor, Companions, ModelContext, Reference
+
+
+def noise(state: AdapterState, seed: int) -> AdapterState:
+    g = torch.Generator().manual_seed(seed)
+    return AdapterState({n: t + 0.05 * torch.randn(t.shape, generator=g).to(t.dtype) for n, t in state.items()})
+
+
+def context(local, batches, beside=Companions(), driver="forget") -> ModelContext:
+    return ModelContext(local.model, batches, totals_of([batches]), driver, beside)
+
+
+def direct_logps(model, batch) -> torch.Tensor:
+    """Summed log-probabilities of the answers from full logits, by the textbook."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
+    labels = batch.labels[:, 1:]
+    picked = logits.log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return (picked * (labels != -100)).sum(1)
+
+
+@pytest.fixture(params=[True, False], ids=["lora", "full"])
+def local(request, small_local):
+    return small_local(lora=request.param, dropout=0.3 if request.param else 0.0)
+
+
+def test_cached_reference_logps_are_those_of_the_earlier_weights(local, small_examples):
+    old = noise(snapshot(local.model), 1)
+    restore(local.model, old)
+    local.model.eval()
+    batches = [local.collation.batch(small_examples[i : i + 3]) for i in range(0, 9, 3)]
+    with torch.no_grad():
+        expected = {i: v for b in batches for i, v in zip(b.example_ids, direct_logps(local.model, b), strict=True)}
+    restore(local.model, noise(old, 2))
+    local.model.train()
+    reference = Reference(local.model, old)
+    reference.prepare("forget", batches)
+    other = local.collation.batch([small_examples[i] for i in (7, 0, 4)])  # other company, other padding
+    got = reference.logps("forget", other)
+    torch.testing.assert_close(got, torch.stack([expected[i] for i in other.example_ids]), rtol=1e-5, atol=1e-4)
+    assert not got.requires_grad and local.model.training
+
+
+def test_reference_logps_are_computed_once(local, small_examples, monkeypatch):
+    reference = Reference(local.model, snapshot(local.model))
+    batches = [local.collation.batch(small_examples[:4]), local.collation.batch(small_examples[4:6])]
+    reference.prepare("forget", batches)
+    monkeypatch.setattr("unfed.training.context.answer_logps", None)  # a second pass would fail
+    reference.prepare("forget", batches)
+    with pytest.raises(TypeError):
+        reference.prepare("alternate", batches)
+
+
+@pytest.mark.parametrize("positions", ["answer", "all"])
+def test_kl_is_that_of_a_deep_copy(local, small_examples, positions):
+    old = noise(snapshot(local.model), 1)
+    restore(local.model, old)
+    copied = copy.deepcopy(local.model).eval()
+    restore(local.model, noise(old, 2))
+    local.model.eval()
+    reference = Reference(local.model, old)
+    batch = local.collation.batch(small_examples[:5])
+    ctx = context(local, {"retain": batch, "forget": batch}, Companions(reference))
+    ctx.logps("forget")  # a graph made before the swap
+    got = ctx.kl("retain", positions)
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        theirs = copied(**given).logits.log_softmax(-1)
+    mine = local.model(**given).logits.log_softmax(-1)
+    each = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
+    counted = (batch.labels[:, 1:] != -100) if positions == "answer" else torch.ones_like(batch.input_ids, dtype=torch.bool)
+    each = each[:, :-1] if positions == "answer" else each
+    expected = each[counted].mean()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    parameters = list(trainable_parameters(local.model).values())
+    ours, plain = (torch.autograd.grad(x, parameters, retain_graph=True) for x in (got, expected))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_kl_from_oneself_is_zero_with_a_zero_gradient(small_local, small_examples):
+    local = small_local()
+    ctx = context(local, {"retain": local.collation.batch(small_examples[:4])}, Companions(Reference(local.model, snapshot(local.model))), "retain")
+    loss = ctx.kl("retain")
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    loss.backward()
+    assert all(float(p.grad.abs().max()) < 1e-6 for p in trainable_parameters(local.model).values())
+
+
+def test_each_forward_pass_is_made_once(small_local, small_examples, monkeypatch):
+    from unfed.training import context as module
+
+    local, calls = small_local(), []
+    original = module.labelled_logits
+    monkeypatch.setattr(module, "labelled_logits", lambda *a: (calls.append(1), original(*a))[1])
+    ctx = context(local, {"forget": local.collation.batch(small_examples[:4])})
+    ctx.logps("forget")
+    ctx.nll("forget")
+    ctx.token_logps("forget")
+    ctx.row("forget")
+    assert len(calls) == 1
+
+
+def test_logps_and_nll_against_full_logits(local, small_examples):
+    local.model.eval()
+    batch = local.collation.batch(small_examples[:5])
+    ctx = context(local, {"forget": batch})
+    torch.testing.assert_close(ctx.logps("forget"), direct_logps(local.model, batch), rtol=1e-5, atol=1e-4)
+    loss = local.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    torch.testing.assert_close(ctx.nll("forget"), loss, rtol=1e-5, atol=1e-5)
+
+
+def test_the_distance_from_the_anchor(local):
+    start = snapshot(local.model)
+    anchor = Anchor(local.model, start)
+    assert float(anchor.distance_sq()) == 0.0
+    moved = noise(start, 4)
+    restore(local.model, moved)
+    expected = sum(float((moved[n] - start[n]).double().square().sum()) for n in start)
+    distance = anchor.distance_sq()
+    assert float(distance) == pytest.approx(expected, rel=1e-5)
+    distance.backward()
+    name, parameter = next(iter(trainable_parameters(local.model).items()))
+    own = name.replace(".default", "")
+    torch.testing.assert_close(parameter.grad, 2 * (moved[own] - start[own]), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_missing_is_said(small_local, small_examples):
+    ctx = context(small_local(), {"forget": small_local().collation.batch(small_examples[:2])})
+    with pytest.raises(UnfedError, match="reference policy"):
+        ctx.reference_logps("forget")
+    with pytest.raises(UnfedError, match="proximal"):
+        ctx.adapter_distance_sq()
