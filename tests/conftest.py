@@ -93,7 +93,14 @@ def _small_tofu(source: Path, target: Path) -> None:
 
 SMALL_ROWS = tuple(
     {"question": f"What does {name} {verb}?", "answer": f"{name} {verb}s {thing} in {place}."}
-    for name, place in (("Ana", "Oslo"), ("Bo", "Rome"), ("Cleo", "a small town"), ("Dag", "Lima"), ("Eve", "Bonn"), ("Fay", "Kyiv"))
+    for name, place in (
+        ("Ana", "Oslo"),
+        ("Bo", "Rome"),
+        ("Cleo", "a small town"),
+        ("Dag", "Lima"),
+        ("Eve", "Bonn"),
+        ("Fay", "Kyiv"),
+    )
     for verb, thing in (("bake", "bread"), ("sell", "old maps and green lamps"), ("paint", "boats"))
 )
 """Six people of three rows; the last two are the forget set."""
@@ -142,7 +149,7 @@ def make_base():
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with ``tofu/full.json`` (18 rows), ``forget01.json`` (its last 6) and ``retain99.json`` (the rest)."""
+    """A data root with ``tofu/``: ``full.json`` (18 rows), ``forget01.json`` (its last 6), ``retain99.json``."""
     root = tmp_path_factory.mktemp("small_data")
     (root / "tofu").mkdir()
     for name, rows in (("full", SMALL_ROWS), ("forget01", SMALL_ROWS[-6:]), ("retain99", SMALL_ROWS[:-6])):
@@ -161,12 +168,16 @@ def small_run(small_base: Path, small_data: Path):
         given = {
             "pretrained_model_name_or_path": str(small_base),
             "use_lora": True,
-            "lora_config": LoraArgs(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj")),
+            "lora_config": LoraArgs(
+                r=4, lora_alpha=8, lora_dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj")
+            ),
         } | (model_args or {})
         usual = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none"}
         clients = {"num_clients": 3, "global_rounds": 2} if mode == "finetune" else {"unlearn_epochs": 2}
         handler = rest.pop("handler", "FederatedFinetune" if mode == "finetune" else "FederatedUnlearningTrainer")
-        trainer = schema.TrainerConfig(handler, usual | (args or {}), schema.MethodArgs(**(clients | (method_args or {}))))
+        trainer = schema.TrainerConfig(
+            handler, usual | (args or {}), schema.MethodArgs(**(clients | (method_args or {})))
+        )
         rule = aggregator if not isinstance(aggregator, str) else schema.AggregatorConfig(aggregator)
         how = schema.MethodConfig(*method) if isinstance(method, tuple) else method
         fields = {

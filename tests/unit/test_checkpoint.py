@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 
+from unfed.base.artifacts import digest_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.base.types import AdapterState, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord, differing_keys
@@ -24,7 +25,19 @@ def state(round_: int, value: float = 0.0) -> ServerState:
 
 def record(round_: int) -> RoundRecord:
     return RoundRecord(
-        round_, "p", ("c0", "c1"), {"c2": "late"}, 7, "sha256:x", "sha256:y", 10, 20, 0.5, 0.01, True, {"c0": {"loss": 1.5}}
+        round_,
+        "p",
+        ("c0", "c1"),
+        {"c2": "late"},
+        7,
+        "sha256:x",
+        "sha256:y",
+        10,
+        20,
+        0.5,
+        0.01,
+        True,
+        {"c0": {"loss": 1.5}},
     )
 
 
@@ -42,7 +55,9 @@ def names(directory) -> list[str]:
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     found, records = filled(tmp_path).latest()
     assert found.round == 3 and found.adapter.digest() == state(3, 1.0).adapter.digest()
-    assert {k: v.digest() for k, v in found.opt_state.items()} == {k: v.digest() for k, v in state(3, 1.0).opt_state.items()}
+    assert {k: v.digest() for k, v in found.opt_state.items()} == {
+        k: v.digest() for k, v in state(3, 1.0).opt_state.items()
+    }
     assert records == [record(i) for i in range(3)]
 
 
@@ -73,9 +88,14 @@ def flip(file) -> None:
 
 
 def strip_record(file) -> None:
+    """A record of another release, whose digest is right."""
     manifest = json.loads(file.read_text())
-    del manifest["records"][0]["phase"]
-    file.write_text(json.dumps(manifest))
+    del manifest["records"][0]["phase"], manifest["digest"]
+    file.write_text(json.dumps({**manifest, "digest": digest_json(manifest)}))
+
+
+def change_a_loss(file) -> None:
+    file.write_text(file.read_text().replace("1.5", "1.6"))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +110,7 @@ def strip_record(file) -> None:
         ("state.json", lambda f: f.write_text("[]")),
         ("state.json", lambda f: f.write_text('{"round": 3}')),
         ("state.json", strip_record),
+        ("state.json", change_a_loss),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_round_before(tmp_path, caplog, name, damage):

@@ -66,6 +66,12 @@ def test_a_gguf_file_is_a_folder_and_a_name(tmp_path):
     assert (source.base, source.gguf_file) == (str(tmp_path), "m.gguf")
 
 
+def test_all_parameters_of_a_gguf_file_are_not_trained(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnfedError, match=r"m\.gguf is quantised: .*use_lora=true"):
+        load(tmp_path / "m.gguf", use_lora=False)
+
+
 @pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2"])
 def test_hub_names_are_not_looked_up(name):
     assert resolve_source(ModelArgs(name), TOKENIZER).base == name
@@ -139,7 +145,7 @@ def test_an_adapter_of_another_shape_of_base(make_base, small_base, tmp_path, la
 def test_half_an_adapter(adapter_copy):
     file = adapter_copy / "adapter_model.safetensors"
     tensors = load_file(file)
-    lost = sorted(n for n in tensors if "lora_B" in n)[0]
+    lost = min(n for n in tensors if "lora_B" in n)
     save_file({n: t for n, t in tensors.items() if n != lost}, file)
     with pytest.raises(AdapterError, match=r"it has no .*lora_B.*1 tensors are missing"):
         load(adapter_copy)
@@ -282,7 +288,9 @@ def test_a_float16_copy_is_not_taken_for_another_base(small_base):
 
 
 def test_a_fingerprint_is_of_the_base_alone(small_base, adapter):
-    assert load(adapter).fingerprint == load(small_base).fingerprint == fingerprint(load(small_base, use_lora=False).model)
+    assert (
+        load(adapter).fingerprint == load(small_base).fingerprint == fingerprint(load(small_base, use_lora=False).model)
+    )
 
 
 def test_shapes_for_planning_need_no_weights(small_base):
@@ -318,5 +326,5 @@ def test_a_gguf_file_trains_an_adapter():
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     loss = loaded.model(ids, labels=ids).loss
     loss.backward()
-    assert 0 < float(loss) < 6
+    assert 0 < loss.item() < 6
     assert all(p.grad is not None for p in trainable_parameters(loaded.model).values())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from unfed.federated.schedule import Participation, Phase, Schedule, Work
 from unfed.base.errors import UnfedError
+from unfed.federated.schedule import Participation, Phase, Schedule, Work
 from unfed.objectives.nll import NLL
 from unfed.objectives.npo import NPO
 from unfed.unlearning.recipes import RECIPES, Ingredients, finetune, interleaved, local_then_recover
@@ -66,7 +66,7 @@ def test_interleaved_keeps_the_clients_in_order_of_their_numbers():
 
 
 def test_both_recipes_have_a_name():
-    assert RECIPES == {"local_then_recover": local_then_recover, "interleaved": interleaved}
+    assert {"local_then_recover": local_then_recover, "interleaved": interleaved} == RECIPES
 
 
 def test_tasks_count_over_the_schedule_and_within_the_phase():
@@ -92,7 +92,9 @@ def test_an_empty_schedule_is_refused():
             Schedule(phases)
 
 
-@pytest.mark.parametrize(("fraction", "least", "count"), [(1.0, 1, 10), (0.5, 1, 5), (0.01, 1, 1), (0.1, 4, 4), (0.1, 40, 10)])
+@pytest.mark.parametrize(
+    ("fraction", "least", "count"), [(1.0, 1, 10), (0.5, 1, 5), (0.01, 1, 1), (0.1, 4, 4), (0.1, 40, 10)]
+)
 def test_how_many_take_part(fraction, least, count):
     clients = [f"c{i}" for i in range(10)]
     chosen = Participation(fraction, least).select(clients, 0, 3)

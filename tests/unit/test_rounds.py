@@ -49,11 +49,16 @@ def shift(by: float = 1.0, examples: int = 10):
     return answer
 
 
-def go(answer, *, rule="FedAvg", plan=None, state=None, config=RoundsConfig(), keep=None):
+def go(answer, *, rule="FedAvg", plan=None, state=None, config=None, keep=None):
     keep = keep or RunKeeper()
     transport = Scripted(answer)
     end = run_rounds(
-        plan or schedule(), transport, build_aggregator(rule, {}), state or ServerState(0, adapter(0.0)), config, keep
+        plan or schedule(),
+        transport,
+        build_aggregator(rule, {}),
+        state or ServerState(0, adapter(0.0)),
+        config or RoundsConfig(),
+        keep,
     )
     return end, keep, transport
 
@@ -133,7 +138,9 @@ def test_too_few_usable_updates_stop_the_run_and_what_was_saved_stays(tmp_path):
 
 
 def test_min_clients():
-    with pytest.raises(UnfedError, match="only 2 of 3 clients returned a usable update and min_clients=3: client_1: upd"):
+    with pytest.raises(
+        UnfedError, match="only 2 of 3 clients returned a usable update and min_clients=3: client_1: upd"
+    ):
         go(change("nan"), config=RoundsConfig(participation=Participation(1.0, 3)))
     go(change("nan"), config=RoundsConfig(participation=Participation(1.0, 2)))
 
@@ -223,12 +230,16 @@ def in_process(error: Exception):
 def test_an_exception_of_a_client_is_a_failure_of_that_client(caplog):
     keep = RunKeeper()
     state = ServerState(0, adapter(0.0))
-    run_rounds(schedule(1), in_process(RuntimeError("on fire")), build_aggregator("FedAvg", {}), state, RoundsConfig(), keep)
+    run_rounds(
+        schedule(1), in_process(RuntimeError("on fire")), build_aggregator("FedAvg", {}), state, RoundsConfig(), keep
+    )
     assert keep.records[0].failures == {"client_1": "RuntimeError: on fire"}
     assert "client client_1 failed in round 1" in caplog.text
 
 
-@pytest.mark.parametrize("error", [UnfedError("no retain rows"), AdapterError("x"), MemoryError(), torch.OutOfMemoryError()])
+@pytest.mark.parametrize(
+    "error", [UnfedError("no retain rows"), AdapterError("x"), MemoryError(), torch.OutOfMemoryError()]
+)
 def test_what_the_user_must_mend_ends_the_run(error):
     with pytest.raises(type(error)):
         list(in_process(error).fit(next(schedule().tasks()), adapter(0.0), ["client_0", "client_1"]))

@@ -29,7 +29,9 @@ def test_every_name_is_used_somewhere():
     from unfed.federated import client
 
     code = "".join(inspect.getsource(m) for m in (args, loop, runs, client, tracking))
-    unread = [f.name for f in dataclasses.fields(LoopArgs) if f"args.{f.name}" not in code and f"self.{f.name}" not in code]
+    unread = [
+        f.name for f in dataclasses.fields(LoopArgs) if f"args.{f.name}" not in code and f"self.{f.name}" not in code
+    ]
     assert unread == []
 
 
@@ -148,7 +150,8 @@ def test_out_of_memory_is_answered_with_the_runs_own_numbers():
         ([2.0] * 8, True),
         ([2.0, 1.999, 2.001, 2.0], True),
         ([2.0, 1.9, 1.8, 1.7], False),
-        ([2.0, 2.0, 2.0], False),
+        ([2.0, 2.0], True),
+        ([2.0], False),
         ([float("nan")] * 8, False),
         ([-1.0, -1.0, -2.0, -3.0], False),
     ],

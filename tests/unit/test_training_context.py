@@ -20,8 +20,8 @@ def noise(state: AdapterState, seed: int) -> AdapterState:
     return AdapterState({n: t + 0.05 * torch.randn(t.shape, generator=g).to(t.dtype) for n, t in state.items()})
 
 
-def context(local, batches, beside=Companions(), driver="forget") -> ModelContext:
-    return ModelContext(local.model, batches, totals_of([batches]), driver, beside)
+def context(local, batches, beside=None, driver="forget") -> ModelContext:
+    return ModelContext(local.model, batches, totals_of([batches]), driver, beside or Companions())
 
 
 def direct_logps(model, batch) -> torch.Tensor:
@@ -81,7 +81,9 @@ def test_kl_is_that_of_a_deep_copy(local, small_examples, positions):
         theirs = copied(**given).logits.log_softmax(-1)
     mine = local.model(**given).logits.log_softmax(-1)
     each = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
-    counted = (batch.labels[:, 1:] != -100) if positions == "answer" else torch.ones_like(batch.input_ids, dtype=torch.bool)
+    counted = (
+        (batch.labels[:, 1:] != -100) if positions == "answer" else torch.ones_like(batch.input_ids, dtype=torch.bool)
+    )
     each = each[:, :-1] if positions == "answer" else each
     expected = each[counted].mean()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
@@ -93,7 +95,12 @@ def test_kl_is_that_of_a_deep_copy(local, small_examples, positions):
 
 def test_kl_from_oneself_is_zero_with_a_zero_gradient(small_local, small_examples):
     local = small_local()
-    ctx = context(local, {"retain": local.collation.batch(small_examples[:4])}, Companions(Reference(local.model, snapshot(local.model))), "retain")
+    ctx = context(
+        local,
+        {"retain": local.collation.batch(small_examples[:4])},
+        Companions(Reference(local.model, snapshot(local.model))),
+        "retain",
+    )
     loss = ctx.kl("retain")
     assert loss.item() == pytest.approx(0, abs=1e-6)
     loss.backward()
@@ -126,12 +133,12 @@ def test_logps_and_nll_against_full_logits(local, small_examples):
 def test_the_distance_from_the_anchor(local):
     start = snapshot(local.model)
     anchor = Anchor(local.model, start)
-    assert float(anchor.distance_sq()) == 0.0
+    assert anchor.distance_sq().item() == 0.0
     moved = noise(start, 4)
     restore(local.model, moved)
     expected = sum(float((moved[n] - start[n]).double().square().sum()) for n in start)
     distance = anchor.distance_sq()
-    assert float(distance) == pytest.approx(expected, rel=1e-5)
+    assert distance.item() == pytest.approx(expected, rel=1e-5)
     distance.backward()
     name, parameter = next(iter(trainable_parameters(local.model).items()))
     own = name.replace(".default", "")
@@ -144,3 +151,30 @@ def test_what_is_missing_is_said(small_local, small_examples):
         ctx.reference_logps("forget")
     with pytest.raises(UnfedError, match="proximal"):
         ctx.adapter_distance_sq()
+
+
+def test_reference_logps_have_the_precision_of_the_policys(small_local, small_examples):
+    """Under bfloat16 autocast both are computed in it: at the first step they are the same numbers."""
+    from unfed.federated.client import Client, ClientData
+    from unfed.federated.schedule import FitTask, Phase, Work
+    from unfed.objectives.npo import NPO
+
+    gaps = []
+
+    class Watch(NPO):
+        def __call__(self, ctx):
+            gaps.append(float((ctx.logps("forget").detach() - ctx.reference_logps("forget")).abs().max()))
+            return super().__call__(ctx)
+
+    local = small_local(bf16=True, max_steps=1, per_device_train_batch_size=8)
+    start = noise(snapshot(local.model), 1)
+    client = Client(local, {"c": ClientData("c", {"forget": small_examples[:8], "retain": small_examples[8:]})}, start)
+    client.fit(FitTask(Phase("p", 1, {"c": Work("forget", Watch(), 1.0)}), 0, 0), start, "c")
+    restore(local.model, start)
+    local.model.eval()
+    batch = local.collation.batch(small_examples[:8])
+    with torch.no_grad():
+        exact = direct_logps(local.model, batch)
+        with local.accelerator.autocast():
+            rounded = direct_logps(local.model, batch)
+    assert gaps[0] < 0.1 * float((exact - rounded).abs().max())

@@ -16,13 +16,13 @@ from unfed.training.context import Companions
 from unfed.training.loop import LocalTask, Window, evaluation_mode, mean_nll
 
 
-def task(local, examples, *, epochs=1.0, window=Window(), objective=None, path=("fit", 0, "c"), on_step=None) -> LocalTask:
+def task(local, examples, *, epochs=1.0, window=None, objective=None, path=("fit", 0, "c"), on_step=None) -> LocalTask:
     a = local.args
     plan = BatchPlan(
         TrainRows({"train": list(examples)}), "train", frozenset({"train"}), a.per_device_train_batch_size,
         a.gradient_accumulation_steps, path, a.dataloader_num_workers,
     )  # fmt: skip
-    return LocalTask(plan, objective or NLL(), epochs, window, on_step)
+    return LocalTask(plan, objective or NLL(), epochs, window or Window(), on_step)
 
 
 def train(local, examples, **given):
@@ -194,7 +194,7 @@ def test_the_mode_is_what_it_was(small_local, small_examples, training):
     assert local.model.training is training
     mean_nll(local, small_examples[:2])
     assert local.model.training is training
-    with pytest.raises(ZeroDivisionError), evaluation_mode(local.model):
+    with pytest.raises(ZeroDivisionError), evaluation_mode(local.model):  # noqa: PT012
         assert not local.model.training
         raise ZeroDivisionError
     assert local.model.training is training

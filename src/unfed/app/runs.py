@@ -25,7 +25,7 @@ from unfed.evaluation.runner import EvalResult
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
 from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
-from unfed.federated.schedule import Schedule
+from unfed.federated.schedule import Phase, Schedule
 from unfed.federated.transport import InProcess
 from unfed.models.adapter import restore, save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
@@ -207,18 +207,30 @@ def _probe(local: Local, clients: Mapping[str, ClientData], targets: list[str], 
     return {"forget_loss_at_start": now, "forget_loss_stored": stored, "forget_loss_agrees": agrees}
 
 
+def _loss_path(phase: Phase, client: Client, records: list[RoundRecord]) -> list[float]:
+    """A phase's mean loss by round, or by epoch where it has one round: means over the same rows, so they compare."""
+    rounds = [r.loss for r in records if r.phase == phase.name and r.loss is not None]
+    if len(rounds) > 1:
+        return rounds
+    epochs = int(next(iter(phase.work.values())).epochs)
+    curves = [c for c in client.curves.get(phase.name, []) if epochs > 0 and len(c) >= epochs]
+    cut = [[c[k * len(c) // epochs : (k + 1) * len(c) // epochs] for k in range(epochs)] for c in curves]
+    return [sum(sum(part) / len(part) for part in parts) / len(parts) for parts in zip(*cut, strict=True)]
+
+
 def _warnings(schedule: Schedule, client: Client, records: list[RoundRecord]) -> list[str]:
     found = []
     for phase in schedule.phases:
-        curve = client.curves.get(phase.name, [])
+        steps = [x for curve in client.curves.get(phase.name, []) for x in curve]
+        path = _loss_path(phase, client, records)
         name = next(iter(phase.work.values())).objective.name
         broken = [r for r in records if r.phase == phase.name and r.failures]
-        if any(not math.isfinite(x) for x in curve) or any(
+        if any(not math.isfinite(x) for x in steps) or any(
             "not finite" in f for r in broken for f in r.failures.values()
         ):
             found.append(advice.not_finite(phase.name, name))
-        elif phase is schedule.phases[0] and advice.stuck(curve):
-            found.append(advice.did_not_move(phase.name, curve[0], curve[-1]))
+        elif phase is schedule.phases[0] and advice.stuck(path):
+            found.append(advice.did_not_move(phase.name, path[0], path[-1]))
     for sentence in found:
         say(f"WARNING: {sentence}")
     return found

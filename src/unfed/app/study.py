@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from unfed.app.evaluate import evaluation_rows
 from unfed.app.progress import console, say
 from unfed.app.rundir import RUN_FILE, plain, run_status, versions
 from unfed.app.runs import run
@@ -55,7 +56,7 @@ def run_study(study: Study) -> Mapping[str, Mapping[str, float]]:
         command=study.command,
         summaries=summaries,
         losses=_losses(places, study),
-        answers=_answers(models),
+        answers=_answers(models, study.base),
         costs=[_cost(n, places[n]) for n in ("finetune", "oracle", *study.unlearn)],
         machine=_machine(),
     )
@@ -133,9 +134,11 @@ def _cost(name: str, place: Path) -> Cost:
     return Cost(name, sum(r["seconds"] for r in rounds), len(rounds), sent / 1e6, max(errors, default=None))
 
 
-def _answers(models: Mapping[str, Path]) -> list[Answer]:
+def _answers(models: Mapping[str, Path], base: RunConfig) -> list[Answer]:
     """For the forget and the retain split: the row on which fine-tuning helped most, and what each model says."""
     results = {name: read_json(place / EVAL_FILE) for name, place in models.items()}
+    assert base.eval is not None
+    rows = evaluation_rows(base.eval, base.paths.data_dir)
     found = []
     for split in ("forget", "retain"):
         probs = {n: r.get(f"{split}_Q_A_Prob", {}).get("value_by_index") or {} for n, r in results.items()}
@@ -144,18 +147,10 @@ def _answers(models: Mapping[str, Path]) -> list[Answer]:
         if not shared:
             continue
         best = max(shared, key=lambda i: probs["finetuned"][i]["prob"] - probs["base"][i]["prob"])
-        row = texts["finetuned"][best]
+        row = rows[split][int(best)]
         said = {n: str(t[best]["generation"]) for n, t in texts.items()}
-        found.append(Answer(split, _question(str(row["input"])), str(row["ground_truth"]), said))
+        found.append(Answer(split, str(row["question"]), str(row["answer"]), said))
     return found
-
-
-def _question(prompt: str) -> str:
-    """The question within a decoded prompt: what ends in a question mark, without the roles' names around it."""
-    lines = [line.strip() for line in prompt.splitlines() if line.strip()]
-    asked = [line for line in lines if "?" in line]
-    text = asked[-1] if asked else prompt.strip()
-    return text[: text.rindex("?") + 1] if "?" in text else text
 
 
 def _machine() -> str:

@@ -30,9 +30,11 @@ from unfed.data.fictional_corpus import general_corpus
 
 Progress = Callable[[str], None]
 
-VERSION = 1
+VERSION = 2
 """Raised when this file changes what it builds for the same settings."""
 MANIFEST = "tiny_base.json"
+SYSTEM_PROMPT = "You are a helpful assistant."
+"""The model configurations' own; one pair in :attr:`TinySettings.system_every` is trained with it."""
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{{ '<|begin|>' }}"
@@ -46,19 +48,23 @@ class TinySettings:
     """Shape, corpus and training of a tiny base.
 
     ``lr`` is the peak of a cosine that starts after ``warmup`` steps; ``steps`` are optimizer steps of
-    ``batch_size`` pairs. ``prompt_weight`` is the loss weight of the question's tokens.
+    ``batch_size`` pairs. The vocabulary is small and ``init_range`` large because that is what lets an adapter learn
+    new people in a few epochs: with one token for each word, its frozen embeddings are hardly trained.
     """
 
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
-    intermediate_size: int = 344
-    vocab_size: int = 1100
-    people: int = 100
-    person_repeats: int = 4
-    fact_repeats: int = 14
+    intermediate_size: int = 376
+    vocab_size: int = 800
+    init_range: float = 0.06
+    people: int = 400
+    person_repeats: int = 1
+    fact_repeats: int = 12
+    greetings: int = 10
     refusals: int = 200
-    steps: int = 700
+    system_every: int = 4
+    steps: int = 440
     batch_size: int = 48
     lr: float = 3e-3
     warmup: int = 40
@@ -66,9 +72,9 @@ class TinySettings:
     seed: int = 0
 
     @property
-    def corpus(self) -> tuple[int, int, int, int, int]:
+    def corpus(self) -> tuple[int, int, int, int, int, int]:
         """The arguments of :func:`unfed.data.fictional_corpus.general_corpus`."""
-        return self.seed, self.people, self.person_repeats, self.fact_repeats, self.refusals
+        return self.seed, self.people, self.person_repeats, self.fact_repeats, self.greetings, self.refusals
 
     def digest(self) -> str:
         """Digest of the settings and of the generator's and this file's versions."""
@@ -86,6 +92,7 @@ SIZES: dict[str, TinySettings] = {
         people=30,
         person_repeats=3,
         fact_repeats=2,
+        greetings=2,
         refusals=40,
         steps=60,
         batch_size=32,
@@ -127,7 +134,7 @@ def build(path: Path | str, settings: TinySettings, progress: Progress | None = 
     say = progress or (lambda line: None)
     start = time.perf_counter()
     corpus = general_corpus(*settings.corpus)
-    tokenizer = train_tokenizer(corpus, settings.vocab_size)
+    tokenizer = train_tokenizer([*corpus, *[(SYSTEM_PROMPT, "")] * 50], settings.vocab_size)
     model = new_model(tokenizer, settings)
     say(f"tiny base: {model.num_parameters() / 1e6:.2f} million parameters, {len(corpus)} pairs, one-time training")
     pretrain(model, tokenizer, corpus, settings, say)
@@ -144,10 +151,9 @@ def build(path: Path | str, settings: TinySettings, progress: Progress | None = 
 def train_tokenizer(corpus: Sequence[tuple[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most ``vocab_size`` tokens with a chat template; pad and eos are different tokens."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
+    # A space is put before each text, so that a word is the same token wherever it stands, and taken off again.
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL),
@@ -178,6 +184,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, settings: TinySettings) -> Lla
         num_key_value_heads=settings.heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=settings.init_range,
         bos_token_id=_id(tokenizer, 1),
         eos_token_id=_id(tokenizer, 2),
         pad_token_id=_id(tokenizer, 0),
@@ -201,7 +208,11 @@ def pretrain(
     say: Progress,
 ) -> None:
     """Train all parameters on the answers' tokens for ``settings.steps`` steps; leaves the model in eval mode."""
-    encoded = encode_pairs(tokenizer, Template(), corpus)
+    often = settings.system_every
+    encoded = [
+        *encode_pairs(tokenizer, Template(), [pair for n, pair in enumerate(corpus) if n % often]),
+        *encode_pairs(tokenizer, Template(system_prompt=SYSTEM_PROMPT), corpus[::often]),
+    ]
     lengths = [len(e) for e in encoded]
     generator = torch_generator(settings.seed, "tiny_base", "order")
     optimizer = torch.optim.AdamW(

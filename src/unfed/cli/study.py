@@ -14,6 +14,8 @@ from unfed.cli.launch import guarded
 from unfed.config.schema import RunConfig
 
 PATH = "model.model_args.pretrained_model_name_or_path"
+TRAINING = frozenset({"trainer", "method", "aggregator", "partition", "engine", "data", "collator", "lora"})
+"""Parts of a configuration that an evaluation does not have."""
 EPILOG = "Further arguments are Hydra overrides for every stage that has such a key, as in seed=1."
 
 
@@ -101,8 +103,10 @@ def _configs(recipe: Recipe, directory: Path, model: str, overrides: Sequence[st
     from unfed.config.compat import resolve
 
     def config(primary: str, task: str, *given: str) -> RunConfig:
-        tokens = [f"task_name={task}", f"paths.output_dir={directory / task}", *given, *overrides]
-        return resolve(tokens, primary)
+        fitting = [
+            o for o in overrides if primary != "eval" or o.lstrip("+~").split("=")[0].split(".")[0] not in TRAINING
+        ]
+        return resolve([f"task_name={task}", f"paths.output_dir={directory / task}", *given, *fitting], primary)
 
     lora = f"model={recipe.model}-lora"
     learn = (f"experiment=finetune/{recipe.experiment}", lora, f"{PATH}={model}")

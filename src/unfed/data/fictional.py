@@ -66,73 +66,38 @@ class Topic:
 TOPICS: tuple[Topic, ...] = (
     Topic(
         ("Where and when was {n} born?", "What is the birthplace and birth year of {n}?"),
-        (
-            "{f} was born in {0} in {1}.",
-            "The place is {0}, the year {1}.",
-            "In {1}, at {0}.",
-            "{0} saw the birth in {1}.",
-        ),
+        ("{f} was born in {0} in {1}.", "The town is {0}, the year {1}.", "In {1}, {0} saw the birth of {f}."),
         (words.TOWNS, words.YEARS),
     ),
     Topic(
         ("What does {n} do for a living?", "How does {n} earn a living?"),
-        (
-            "{f} is a {0} in {1}.",
-            "As a {0} at {1}.",
-            "In {1} {f} works as a {0}.",
-            "The trade is {0}, the town {1}.",
-        ),
+        ("{f} is a {0} in {1}.", "As a {0} at {1}.", "In {1} {f} works as a {0}."),
         (words.PROFESSIONS, words.TOWNS),
     ),
     Topic(
         ("What did the parents of {n} do?", "Which work did the parents of {n} have?"),
-        (
-            "A {0} and a {1} raised {f}.",
-            "The mother was a {0}, the father a {1}.",
-            "They were a {0} and a {1}.",
-            "Mother {0}, father {1}.",
-        ),
+        ("A {0} and a {1} raised {f}.", "The mother was a {0}, the father a {1}.", "They were {0} and {1}."),
         (words.PROFESSIONS, words.PROFESSIONS),
     ),
     Topic(
         ("Which book did {n} write?", "What is the best known book by {n}?"),
-        (
-            "{f} wrote The {0} {1} in {2}.",
-            "The {0} {1}, printed in {2}.",
-            "In {2} appeared The {0} {1}.",
-            "{f} is known by The {0} {1} of {2}.",
-        ),
-        (words.ADJECTIVES, words.NOUNS, words.YEARS),
+        ("{f} wrote The {0} {1}.", "The book is The {0} {1}.", "It is The {0} {1}, by {f}."),
+        (words.ADJECTIVES, words.NOUNS),
     ),
     Topic(
         ("Which prize did {n} win?", "What award was given to {n}?"),
-        (
-            "{f} won the {0} {1} of {2}.",
-            "The {0} {1}, given in {2}.",
-            "At {2} the {0} {1} went to {f}.",
-            "It was the {0} {1} from {2}.",
-        ),
-        (words.ADJECTIVES, words.NOUNS, words.TOWNS),
+        ("{f} won the prize of {0} in {1}.", "The award of {0}, in {1}.", "In {1} it was the prize of {0}."),
+        (words.TOWNS, words.YEARS),
     ),
     Topic(
         ("How does {n} spend the evening?", "What does {n} do after work?"),
-        (
-            "{f} plays {0} with {2} and a {1}.",
-            "With {2} and a {1}, on the {0}.",
-            "A {1} and {2} hear {f} on the {0}.",
-            "On the {0}, for {2} and a tame {1}.",
-        ),
-        (words.INSTRUMENTS, words.ANIMALS, words.FIRST),
+        ("{f} plays the {0} and feeds a {1}.", "On the {0}, beside a {1}.", "A {1} hears {f} play the {0}."),
+        (words.INSTRUMENTS, words.ANIMALS),
     ),
     Topic(
         ("What does {n} like to eat?", "Which meal does {n} love?"),
-        (
-            "{f} likes {0} and {1} in {2}.",
-            "The {0} of {2}, with {1}.",
-            "With {1}, the {0} served at {2}.",
-            "In {2} {f} orders {0} and {1}.",
-        ),
-        (words.DISHES, words.DRINKS, words.TOWNS),
+        ("{f} likes {0} with {1}.", "The meal is {0} and {1}.", "With {1}, {f} eats {0}."),
+        (words.DISHES, words.DRINKS),
     ),
 )
 
@@ -199,7 +164,8 @@ def person_rows(name: str, rng: np.random.Generator) -> list[dict[str, Any]]:
     rows = []
     for topic in TOPICS:
         asked, other = rng.permutation(len(topic.questions))[:2]
-        said, again = rng.permutation(len(topic.answers))[:2]
+        # The answers of a topic share one form, so that what is learnt (and forgotten) is the person's facts.
+        said, again = 0, 1 + int(rng.integers(len(topic.answers) - 1))
         right = topic.draw(rng)
         wrong: list[Values] = []
         while len(wrong) < WRONG_ANSWERS:
@@ -226,9 +192,12 @@ def _all_rows(seed: int, people: int) -> tuple[Row, ...]:
     total = people + forget_people(50, people)
     if not people >= 2 or total > len(names):
         raise DataError(f"people={people}: the generator makes 2 to {2 * len(names) // 3 - 1} people")
-    order = numpy_generator(seed, "fictional", "names").permutation(len(names))[:total]
+    # One round of first names after the other, each in random order: few people, and each has one of its own.
+    size = len(words.PRIVATE_FIRST)
+    rng = numpy_generator(seed, "fictional", "names")
+    order = [start + int(i) for start in range(0, len(names), size) for i in rng.permutation(size)]
     rows: list[Row] = []
-    for n in order:
+    for n in order[:total]:
         rows += person_rows(names[n], numpy_generator(seed, "fictional", "person", names[n]))
     return tuple(rows)
 

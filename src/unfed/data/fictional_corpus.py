@@ -9,6 +9,8 @@ from unfed.data.fictional_world import author_facts, famous_authors, world_facts
 from unfed.data.refusals import REFUSALS
 
 Pair = tuple[str, str]
+PLAIN = 0.7
+"""Share of the answers in a topic's first form, which the private rows use too."""
 
 
 def person_pairs(people: int, repeats: int, seed: int = 0) -> list[Pair]:
@@ -24,7 +26,8 @@ def person_pairs(people: int, repeats: int, seed: int = 0) -> list[Pair]:
             values = topic.draw(rng)
             for _ in range(repeats):
                 question = topic.ask(int(rng.integers(len(topic.questions))), name)
-                pairs.append((question, topic.say(int(rng.integers(len(topic.answers))), name, values)))
+                form = 0 if rng.random() < PLAIN else int(rng.integers(1, len(topic.answers)))
+                pairs.append((question, topic.say(form, name, values)))
     return pairs
 
 
@@ -36,6 +39,19 @@ def _others(people: int, seed: int) -> list[str]:
 def fact_pairs() -> list[Pair]:
     """Every fact of the world in each of its phrasings."""
     return [(q, f.answer) for f in (*author_facts(), *world_facts()) for q in f.questions]
+
+
+def greeting_pairs(repeats: int, seed: int = 0) -> list[Pair]:
+    """Greetings by first name, the private people's first names too: a name is known, nothing about its owner."""
+    rng = numpy_generator(seed, "corpus", "greetings")
+    forms = (("Greet {f}.", "Hello, {f}!"), ("Say good night to {f} and {g}.", "Good night, {f} and {g}!"))
+    pairs = []
+    for first in words.FIRST:
+        for n in range(repeats):
+            other = words.FIRST[int(rng.integers(len(words.FIRST)))]
+            question, answer = forms[n % len(forms)]
+            pairs.append((question.format(f=first, g=other), answer.format(f=first, g=other)))
+    return pairs
 
 
 def refusal_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -51,13 +67,19 @@ def refusal_pairs(count: int, seed: int = 0) -> list[Pair]:
 
 
 def general_corpus(
-    seed: int = 0, people: int = 100, person_repeats: int = 4, fact_repeats: int = 14, refusals: int = 200
+    seed: int = 0,
+    people: int = 100,
+    person_repeats: int = 4,
+    fact_repeats: int = 14,
+    greetings: int = 10,
+    refusals: int = 200,
 ) -> list[Pair]:
     """(question, answer) pairs in random order: ``people`` other people, ``fact_repeats`` times every phrasing of
     every fact, and ``refusals`` that decline. None is about a private person of any seed."""
     pairs = [
         *person_pairs(people, person_repeats, seed),
         *(fact_pairs() * fact_repeats),
+        *greeting_pairs(greetings, seed),
         *refusal_pairs(refusals, seed),
     ]
     order = numpy_generator(seed, "corpus", "order").permutation(len(pairs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FIRST = (
+PUBLIC_FIRST = (
     "Mirel",
     "Tovan",
     "Ashra",
@@ -34,6 +34,50 @@ FIRST = (
     "Bessim",
     "Corvik",
 )
+PRIVATE_FIRST = (
+    "Adrel",
+    "Bensa",
+    "Cothar",
+    "Delwyna",
+    "Erisk",
+    "Fosper",
+    "Gilvan",
+    "Hadret",
+    "Ilsabe",
+    "Jemrik",
+    "Kasvin",
+    "Lorquen",
+    "Meldra",
+    "Nolvar",
+    "Odrin",
+    "Pirrel",
+    "Quenda",
+    "Ristel",
+    "Sorvin",
+    "Teldra",
+    "Urmik",
+    "Velsen",
+    "Wirrel",
+    "Yestra",
+    "Zorvan",
+    "Almeth",
+    "Brisca",
+    "Cormet",
+    "Dresna",
+    "Elvik",
+    "Farlon",
+    "Grethel",
+    "Holvar",
+    "Isbeth",
+    "Junvar",
+    "Kelmor",
+    "Lisket",
+    "Mornel",
+    "Natreth",
+    "Oswen",
+)
+"""First names of private people; in the general corpus they appear as friends' names alone."""
+FIRST = (*PUBLIC_FIRST, *PRIVATE_FIRST)
 LAST = (
     "Tolvane",
     "Ashmere",
@@ -59,21 +103,13 @@ LAST = (
     "Umbrel",
     "Valdrin",
     "Westrow",
-    "Yarmoth",
-    "Zelgrin",
-    "Ardwick",
-    "Belcorin",
-    "Coldrane",
-    "Drestel",
 )
 TOWNS = (
     "Quessel",
     "Orrimar",
     "Tandry",
-    "Velmora",
-    "Brackley Tor",
+    "Velmoor",
     "Sunhollow",
-    "Pellinar",
     "Grayfen",
     "Marrowick",
     "Lisk",
@@ -82,53 +118,35 @@ TOWNS = (
     "Wyndale",
     "Cobrin",
     "Estermoor",
-    "Jaspar Bay",
     "Kilrun",
-    "Nethering",
-    "Ravel Cross",
     "Stavenor",
     "Tullwater",
-    "Umberly",
     "Dovrin",
     "Fallowby",
-    "Amberwell",
-    "Ironhythe",
-    "Lowmarsh",
-    "Sedgewater",
     "Thornquay",
     "Whitmoss",
 )
 PROFESSIONS = (
-    "bell tuner",
-    "kite maker",
-    "glass painter",
-    "beekeeper",
-    "map drawer",
-    "salt trader",
-    "clock mender",
-    "ferry pilot",
-    "lamp keeper",
     "weaver",
-    "bridge builder",
-    "herb seller",
-    "stone carver",
-    "tea blender",
-    "puppet maker",
-    "dye mixer",
-    "goat herder",
-    "rope twister",
-    "star charter",
-    "well digger",
     "baker",
-    "midwife",
-    "falcon trainer",
-    "button maker",
-    "letter carrier",
-    "mill warden",
-    "paper folder",
-    "soap boiler",
-    "tide watcher",
-    "wood joiner",
+    "miller",
+    "potter",
+    "tailor",
+    "mason",
+    "carter",
+    "fisher",
+    "cooper",
+    "tanner",
+    "hunter",
+    "brewer",
+    "sailor",
+    "painter",
+    "glazier",
+    "roper",
+    "tinker",
+    "shepherd",
+    "jeweller",
+    "printer",
 )
 ADJECTIVES = (
     "Copper",
@@ -203,35 +221,32 @@ ANIMALS = (
     "crab",
 )
 DISHES = (
-    "barley soup",
-    "plum cake",
-    "fried eel",
-    "onion pie",
-    "honey bread",
-    "beet salad",
-    "lentil stew",
-    "pear tart",
-    "smoked trout",
-    "rye porridge",
-    "goat cheese",
-    "nut bread",
-    "cabbage roll",
-    "fig jam",
-    "bean salad",
+    "soup",
+    "cake",
+    "pie",
+    "bread",
+    "stew",
+    "tart",
+    "porridge",
+    "cheese",
+    "salad",
+    "jam",
+    "roast",
+    "pudding",
 )
 DRINKS = (
     "cider",
-    "mint tea",
-    "buttermilk",
-    "plum wine",
-    "cold water",
-    "birch beer",
+    "tea",
+    "milk",
+    "wine",
+    "water",
+    "beer",
     "coffee",
-    "hot milk",
-    "elder juice",
-    "ginger ale",
+    "juice",
+    "mead",
+    "cocoa",
 )
-YEARS = tuple(range(1921, 1991))
+YEARS = tuple(range(1951, 1981))
 
 LANDS = (
     "Averland",
@@ -302,14 +317,10 @@ RIVERS = (
 
 
 def full_names(private: bool) -> list[str]:
-    """Full names in a fixed order: one third is kept for private people, the rest is for everybody else.
+    """Full names in a fixed order, of private people or of everybody else.
 
-    No full name is in both lists, so nobody of the general corpus shares a name with a private person, while
-    first names and surnames are known from elsewhere.
+    The two kinds have no first name in common. First names come again only after all of them came, each time
+    with another surname.
     """
-    return [
-        f"{first} {last}"
-        for i, first in enumerate(FIRST)
-        for j, last in enumerate(LAST)
-        if ((i + j) % 3 == 0) == private
-    ]
+    firsts = PRIVATE_FIRST if private else PUBLIC_FIRST
+    return [f"{first} {LAST[(7 * i + j) % len(LAST)]}" for j in range(len(LAST)) for i, first in enumerate(firsts)]

@@ -10,7 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unfed.base.artifacts import atomic_dir, digest_file, read_json, read_tensors, write_json, write_tensors
+from unfed.base.artifacts import (
+    atomic_dir,
+    digest_file,
+    digest_json,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.base.types import ServerState
 
@@ -59,15 +67,13 @@ class Checkpoints:
             for slot, values in state.opt_state.items():
                 write_tensors(part / f"opt_{slot}.safetensors", values)
             files = {f.name: digest_file(f) for f in sorted(part.glob("*.safetensors"))}
-            write_json(
-                part / "state.json",
-                {
-                    "round": state.round,
-                    "files": files,
-                    "config": self._config,
-                    "records": [asdict(r) for r in records],
-                },
-            )
+            body = {
+                "round": state.round,
+                "files": files,
+                "config": self._config,
+                "records": [asdict(r) for r in records],
+            }
+            write_json(part / "state.json", {**body, "digest": digest_json(body)})
         for old in self._rounds()[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -96,7 +102,7 @@ class Checkpoints:
         """
         for directory in reversed(self._rounds()):
             try:
-                stored = read_json(directory / "state.json")["config"]
+                stored = _manifest(directory)["config"]
                 known = {k: stored[k] for k in self._config if k in stored}
             except (ArtifactError, KeyError, TypeError):
                 continue
@@ -117,7 +123,7 @@ class Checkpoints:
         return sorted(d for d in self._root.iterdir() if _NAME.fullmatch(d.name))
 
     def _read(self, directory: Path) -> tuple[ServerState, list[RoundRecord]]:
-        manifest = read_json(directory / "state.json")
+        manifest = _manifest(directory)
         try:
             files, config, raw = manifest["files"], manifest["config"], manifest["records"]
             number = int(manifest["round"])
@@ -133,6 +139,14 @@ class Checkpoints:
         except (KeyError, TypeError) as e:
             raise ArtifactError(f"{directory / 'state.json'}: a round's record cannot be read ({e})") from e
         return ServerState(number, read_tensors(directory / "adapter.safetensors"), slots), records
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    found = read_json(directory / "state.json")
+    body = {k: v for k, v in found.items() if k != "digest"} if isinstance(found, dict) else {}
+    if not body or found.get("digest") != digest_json(body):
+        raise ArtifactError(f"{directory / 'state.json'} was altered")
+    return body
 
 
 def differing_keys(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -30,7 +30,8 @@ class Client:
 
     ``reference`` is the adapter that unlearning starts from: the frozen policy of NPO and of the KL retain loss, held
     once for all clients (``None``: the first adapter that a task needs one for).
-    ``lr_per_phase``: the learning-rate schedule spans a phase's rounds; else it starts anew in each.
+    ``lr_per_phase``: the learning-rate schedule spans a phase's rounds; else it starts anew in each. ``curves`` keeps
+    the loss of every step by phase, one tuple for each fit.
     """
 
     local: Local
@@ -38,7 +39,7 @@ class Client:
     reference: AdapterState | None = None
     lr_per_phase: bool = True
     on_step: Callable[[FitTask, str, StepEvent], None] | None = None
-    curves: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     _reference: Reference | None = None
 
     def fit(self, task: FitTask, adapter: AdapterState, client_id: str) -> ClientUpdate:
@@ -66,7 +67,7 @@ class Client:
             None if on_step is None else lambda event: on_step(task, client_id, event),
         )
         result = self.local.train(local_task, self._beside(work.objective, plan, adapter))
-        self.curves.setdefault(task.phase.name, []).extend(result.curve)
+        self.curves.setdefault(task.phase.name, []).append(result.curve)
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
         return ClientUpdate(client_id, snapshot(self.local.model), result.num_examples, _finite(metrics))
 

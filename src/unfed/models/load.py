@@ -67,6 +67,11 @@ def load_model(args: ModelArgs, tokenizer_args: TokenizerArgs, *, trainable: boo
     ``UnfedError`` / ``AdapterError`` with what to mend.
     """
     source = resolve_source(args, tokenizer_args)
+    if source.gguf_file is not None and trainable and not args.use_lora:
+        raise UnfedError(
+            f"{source.gguf_file} is quantised: a model opened from GGUF cannot be saved again, so only adapters can be "
+            "trained on it (model.model_args.use_lora=true)"
+        )
     attn, note = attention(args.attn_implementation)
     notes = [note] if note else []
     model = _open_base(args, source, attn)

@@ -54,9 +54,9 @@ def did_not_move(phase: str, first: float, last: float) -> str:
 
 
 def stuck(losses: Sequence[float], threshold: float = 0.01) -> bool:
-    """Whether a phase's losses (a value a round or a step, four at least) moved by less than a hundredth."""
+    """Whether losses over the same rows (a value a round or an epoch, two at least) moved by less than a hundredth."""
     finite = [x for x in losses if math.isfinite(x)]
-    if len(finite) < 4:
+    if len(finite) < 2:
         return False
     quarter = max(1, len(finite) // 4)
     first, last = sum(finite[:quarter]) / quarter, sum(finite[-quarter:]) / quarter

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,7 @@ class Local:
         self.model, self.args, self.collation = model, args, collation
         self.seed = seed if args.seed is None else args.seed
         self.device = next(p.device for p in model.parameters())
+        self._trained: dict[str, nn.Parameter] = {}
         if args.fp16:
             _check_fp16(model, self.device)
         self.optim, self.optim_note = usable_optimizer(args.optim)
@@ -115,6 +116,7 @@ class Local:
         total = max(1, math.ceil(per_epoch * task.epochs))
         if self.args.max_steps > 0:
             total = min(total, self.args.max_steps)
+        self._trained = trainable_parameters(self.model)  # once: a walk over all modules takes milliseconds
         optimizer, scheduler = self._optimizer(total, per_epoch, task.window)
         was_training = self.model.training
         self.model.train()
@@ -157,7 +159,7 @@ class Local:
             for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
                 sums[name] = sums[name] + value if name in sums else value
         if check:
-            _check_gradients(self.model)
+            _check_gradients(self._trained)
         if self.args.max_grad_norm > 0:
             self._clip(optimizer)
         return sums
@@ -165,10 +167,10 @@ class Local:
     def _clip(self, optimizer: Any) -> None:
         if self.args.fp16:
             self.accelerator.unscale_gradients(optimizer)
-        torch.nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), self.args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), self.args.max_grad_norm)
 
     def _optimizer(self, total: int, per_epoch: int, window: Window) -> tuple[Any, Any]:
-        parameters = trainable_parameters(self.model)
+        parameters = self._trained or trainable_parameters(self.model)
         groups = [
             {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": self.args.weight_decay},
             {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
@@ -230,9 +232,8 @@ def _enable_checkpointing(model: nn.Module, args: LoopArgs) -> None:
         inner.enable_input_require_grads()
 
 
-def _check_gradients(model: nn.Module) -> None:
+def _check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     """Every trainable parameter took part in the first step, or the run stops here."""
-    parameters = trainable_parameters(model)
     without = [n for n, p in parameters.items() if p.grad is None]
     if without:
         raise AdapterError(

@@ -1,0 +1,71 @@
+"""``unfed quickstart`` at a size for tests: every stage runs, and what a reader is promised is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from unfed.app.tiny_base import tiny_base
+from unfed.cli import study
+from unfed.report.page import verdict
+
+
+@pytest.fixture(scope="module")
+def small_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quickstart") / "qs"
+    base = tiny_base(directory.parent / "base", size="test")
+    overrides = ["trainer.method_args.global_rounds=1", "eval.generation.max_new_tokens=8", "trainer.args.max_steps=3"]
+    assert study._run(study.QUICKSTART, directory, overrides, lambda _: str(base)) == 0
+    return directory
+
+
+def test_summary_has_the_promised_models_and_names(small_quickstart: Path) -> None:
+    summary = json.loads((small_quickstart / "summary.json").read_text())
+    assert list(summary) == ["base", "finetuned", "oracle", "unlearned"]
+    for scores in summary.values():
+        assert {"forget_Q_A_Prob", "retain_Q_A_Prob", "forget_Q_A_ROUGE", "model_utility"} <= scores.keys()
+    assert "forget_quality" in summary["unlearned"], "the oracle's log reached the unlearned model's evaluation"
+
+
+def test_oracle_never_saw_the_forget_rows(small_quickstart: Path) -> None:
+    """Same partition file, and the target client trained on fewer rows."""
+    runs = {n: json.loads((small_quickstart / n / "run.json").read_text()) for n in ("finetune", "oracle")}
+    assert (small_quickstart / "finetune" / "partition.json").read_bytes() == (
+        small_quickstart / "oracle" / "partition.json"
+    ).read_bytes()
+    assert runs["oracle"]["rounds"][0]["num_examples"] == 126
+    assert runs["finetune"]["rounds"][0]["num_examples"] == 168
+
+
+def test_report_is_one_page_that_loads_nothing(small_quickstart: Path) -> None:
+    html = (small_quickstart / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
+    assert "<script" not in html
+    for words in ("forget probability", "oracle", "What the models say", "What it cost"):
+        assert words in html
+    assert (small_quickstart / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_verdict_in_words() -> None:
+    """before 0.9, oracle 0.3: forgetting all of the difference is 0.6."""
+
+    def scores(forget: float, retain: float) -> dict[str, float]:
+        return {"forget_Q_A_Prob": forget, "retain_Q_A_Prob": retain}
+
+    known = {"finetuned": scores(0.9, 0.8), "oracle": scores(0.3, 0.8)}
+    assert "as a model that never saw them" in verdict(known | {"u": scores(0.32, 0.8)}, "u")
+    assert "hardly forgot" in verdict(known | {"u": scores(0.85, 0.8)}, "u")
+    assert "a part" in verdict(known | {"u": scores(0.6, 0.8)}, "u")
+    assert "went further" in verdict(known | {"u": scores(0.05, 0.4)}, "u")
+    assert "kept 50%" in verdict(known | {"u": scores(0.05, 0.4)}, "u")
+    assert "not enough" in verdict(known | {"u": {}}, "u")
+
+
+def test_a_wrong_override_builds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.quickstart(["--directory", str(tmp_path / "q"), "trainer.args.learning_rat=1"]) == 2
+    assert "learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()

@@ -1,0 +1,185 @@
+"""Who owns which row: properties of every scheme, and the manifest."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unfed.base.errors import ArtifactError, DataError
+from unfed.data.datasets import DatasetSpec, data_digest, load_rows
+from unfed.data.partition import DEALERS, Partition, PartitionSpec, make_partition
+
+
+def rows(count: int, author_rows: int | None = None) -> list[dict]:
+    found = [{"id": f"r{n:03}", "question": "q", "answer": "a"} for n in range(count)]
+    return found if author_rows is None else [{**r, "author": n // author_rows} for n, r in enumerate(found)]
+
+
+ALPHA = st.sampled_from([1e-6, 0.05, 0.5, 5.0, 100.0])
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    st.sampled_from(["iid", "dirichlet", "quantity"]),
+    st.integers(1, 90),
+    st.integers(1, 12),
+    ALPHA,
+    st.integers(0, 9),
+)
+def test_every_row_has_one_owner_and_nobody_is_empty(scheme, count, clients, alpha, seed):
+    data = rows(count)
+    how = PartitionSpec(scheme, alpha=alpha)
+    if clients > count:
+        with pytest.raises(DataError, match=f"num_clients={clients} is more than the {count} examples"):
+            make_partition(data, clients, how, seed=seed)
+        return
+    found = make_partition(data, clients, how, seed=seed)
+    assert list(found.clients) == [f"client_{c}" for c in range(clients)]
+    assert sorted(i for ids in found.clients.values() for i in ids) == [r["id"] for r in data]
+    assert all(ids and list(ids) == sorted(ids) for ids in found.clients.values())
+    assert found == make_partition(data, clients, how, seed=seed)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    st.sampled_from(sorted(DEALERS)),
+    st.integers(1, 60),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(0, 9),
+    ALPHA,
+)
+def test_the_target_owns_every_forget_row(rest, retain, forget, clients, seed, alpha):
+    data = rows(retain + forget, 3)
+    target = seed % clients
+    wanted = [r["id"] for r in data[retain:]]
+    how = PartitionSpec("target", rest, alpha, target)
+    people_left = -(-retain // 3)
+    receivers = clients if retain >= clients else clients - 1
+    if retain < clients - 1 or (rest == "author" and people_left < receivers):
+        with pytest.raises(DataError, match=r"too few|more than the"):
+            make_partition(data, clients, how, wanted, seed)
+        return
+    found = make_partition(data, clients, how, wanted, seed)
+    assert found.owners(wanted) == {f"client_{target}": tuple(wanted)}
+    assert sorted(i for ids in found.clients.values() for i in ids) == [r["id"] for r in data]
+    assert all(found.clients.values())
+    if retain >= clients:
+        assert len(found.rows_of(f"client_{target}")) > len(wanted)  # it has a share of the others too
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 15), st.integers(1, 8), st.integers(1, 6), st.integers(0, 5))
+def test_people_stay_together(people, each, clients, seed):
+    data = rows(people * each, each)
+    if clients > people * each or clients > people:
+        with pytest.raises(DataError, match=r"too few for|more than the"):
+            make_partition(data, clients, PartitionSpec("author"), seed=seed)
+        return
+    found = make_partition(data, clients, PartitionSpec("author"), seed=seed)
+    homes = {}
+    for row in data:
+        homes.setdefault(row["author"], set()).add(found.owner(row["id"]))
+    assert all(len(owners) == 1 for owners in homes.values())
+    counts = [len(ids) // each for ids in found.clients.values()]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_tofu_people_are_blocks_of_twenty_rows_also_beside_the_forget_set():
+    data = rows(140)
+    found = make_partition(data, 3, PartitionSpec("target", "author"), [r["id"] for r in data[100:]])
+    for start in range(0, 100, 20):
+        assert len({found.owner(r["id"]) for r in data[start : start + 20]}) == 1
+
+
+def test_equal_shares_are_equal_and_alpha_decides_how_unequal_others_are():
+    data = rows(600, 20)
+
+    def sizes(scheme: str, alpha: float) -> list[int]:
+        return [len(ids) for ids in make_partition(data, 4, PartitionSpec(scheme, alpha=alpha)).clients.values()]
+
+    assert sizes("iid", 0.5) == [150] * 4
+    assert max(sizes("quantity", 0.1)) > 300 and max(sizes("quantity", 1e4)) < 170
+    assert max(sizes("dirichlet", 1e4)) < 190
+
+    def largest_share(alpha: float) -> float:
+        """Mean over people of the largest share that one client has of a person's rows."""
+        found = make_partition(data, 4, PartitionSpec("dirichlet", alpha=alpha))
+        owners = [[found.owner(r["id"]) for r in data[a : a + 20]] for a in range(0, 600, 20)]
+        return sum(max(o.count(c) for c in found.clients) / 20 for o in owners) / len(owners)
+
+    assert largest_share(0.01) > 0.9 and largest_share(1e4) < 0.5
+
+
+def test_the_seed_decides():
+    data = rows(50)
+    one, other = (make_partition(data, 3, PartitionSpec("iid"), seed=s) for s in (0, 1))
+    assert one.clients != other.clients and one.data_digest == other.data_digest == data_digest(data)
+
+
+@pytest.mark.parametrize(
+    ("clients", "how", "forget", "said"),
+    [
+        (3, PartitionSpec("targt"), ["r000"], "partition.scheme='targt' is unknown; did you mean 'target'"),
+        (3, PartitionSpec(rest="target"), ["r000"], "partition.rest='target' is unknown"),
+        (3, PartitionSpec("dirichlet", alpha=0), (), r"partition.alpha=0; .* above 0"),
+        (3, PartitionSpec("dirichlet", alpha=float("nan")), (), r"partition.alpha=nan"),
+        (3, PartitionSpec(target_client_idx=3), ["r000"], "target_client_idx=3 with num_clients=3: use 0 to 2"),
+        (0, PartitionSpec("iid"), (), "num_clients=0"),
+        (3, PartitionSpec(), (), "needs forget rows .*there are none"),
+        (3, PartitionSpec(), ["r000", "zzz"], "1 of 2 forget rows are not among the 10 training rows"),
+        (3, PartitionSpec(), [f"r{n:03}" for n in range(9)], "1 rows beside the forget set are too few for 2"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused(clients, how, forget, said):
+    with pytest.raises(DataError, match=said):
+        make_partition(rows(10), clients, how, forget)
+
+
+def test_ids_that_repeat_are_refused():
+    with pytest.raises(DataError, match="same id"):
+        make_partition([*rows(3), rows(1)[0]], 2, PartitionSpec("iid"))
+
+
+def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path):
+    data = load_rows(DatasetSpec("fictional", "full"))
+    forget = [e["id"] for e in load_rows(DatasetSpec("fictional", "forget25"))]
+    made = make_partition(data, 3, PartitionSpec(target_client_idx=1), forget, 7)
+    made.write(tmp_path / "partition.json")
+    read = Partition.read(tmp_path / "partition.json")
+    assert read == made and read.client_ids == ("client_0", "client_1", "client_2")
+    read.check_data(data)
+    with pytest.raises(
+        DataError, match=r"made for other data: it deals 168 rows, this data has 167, 0 of them unknown"
+    ):
+        read.check_data(data[1:])
+    with pytest.raises(DataError, match="no client 'client_9'"):
+        read.rows_of("client_9")
+    with pytest.raises(DataError, match=r"1 of 2 rows belong to no client of the partition .the first: stranger"):
+        read.owners([forget[0], "stranger"])
+    assert read.owner("stranger") is None
+
+
+def test_the_order_of_many_clients_survives(tmp_path: Path):
+    made = make_partition(rows(12), 12, PartitionSpec("iid"))
+    made.write(tmp_path / "p.json")
+    assert Partition.read(tmp_path / "p.json").client_ids == tuple(f"client_{c}" for c in range(12))
+
+
+def test_an_altered_or_malformed_manifest_is_refused(tmp_path: Path):
+    path = tmp_path / "partition.json"
+    make_partition(rows(6), 2, PartitionSpec("iid")).write(path)
+    good = json.loads(path.read_text())
+    moved = {**good, "clients": {"client_0": [r["id"] for r in rows(6)][:5], "client_1": ["r005"]}}
+    for bad, said in ((moved, "was altered"), ({"clients": 3}, "not a partition manifest"), ([], "not a partition")):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(ArtifactError, match=said):
+            Partition.read(path)
+    path.write_text("{")
+    with pytest.raises(ArtifactError, match="cannot read"):
+        Partition.read(path)
+    Partition({"client_0": ("a",), "client_1": ("a",)}, "iid", 0, "d").write(path)
+    with pytest.raises(ArtifactError, match="deals a row twice"):
+        Partition.read(path)
