@@ -331,10 +331,10 @@ def test_order_and_dropout_differ_by_client_and_round(small_local, small_example
     # One batch of all rows: their order does not matter, so what differs is the dropout.
     whole = small_local(dropout=0.3, per_device_train_batch_size=18, optim="sgd", learning_rate=1.0)
     client = client_over(whole, small_examples, ("a", "b"))
-    ends = {k: client.fit(task(round_=k[0], names=("a", "b")), start, k[1]).adapter for k in keys}
+    ends = {k: client.fit(task(round_=k[0], rounds=2, names=("a", "b")), start, k[1]).adapter for k in keys}
     for one, two in itertools.combinations(keys, 2):
         assert max(float((ends[one][n] - ends[two][n]).abs().max()) for n in start) > 1e-4
-    assert client.fit(task(round_=1, names=("a", "b")), start, "b").adapter.digest() == ends[1, "b"].digest()
+    assert client.fit(task(round_=1, rounds=2, names=("a", "b")), start, "b").adapter.digest() == ends[1, "b"].digest()
 
 
 @pytest.mark.parametrize("per_phase", [True, False])
