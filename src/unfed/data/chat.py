@@ -208,7 +208,7 @@ def _render(
         head += template.asst_start_tag + answer + template.asst_end_tag
     open_, close = head + template.user_start_tag, template.user_end_tag + template.asst_start_tag
     texts = [open_ + q + close + (answers[i] if answers is not None else "") for i, q in enumerate(questions)]
-    return tokenizer(texts, add_special_tokens=True)["input_ids"]  # type: ignore[return-value]
+    return tokenizer(texts, add_special_tokens=True)["input_ids"]
 
 
 def _render_chat(
