@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from unfed.app.progress import console, say
@@ -62,7 +62,9 @@ def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> E
         def progress(what: str, done: int, total: int) -> None:
             status.update(f"evaluating {what}: {done}/{total}")
 
-        result = evaluate(loaded.model, loaded.tokenizer, template, suite_of(config.eval), rows, logs, progress)
+        result = evaluate(
+            loaded.model, loaded.tokenizer, template, replace(suite_of(config.eval), progress=progress), rows, logs
+        )
     digests = {"adapter": snapshot(loaded.model).digest(), "base": loaded.fingerprint}
     digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
     write_results(result, directory, digests)

@@ -19,7 +19,6 @@ from unfed.evaluation.collect import Evidence, Pass, collect
 from unfed.evaluation.retain_logs import RUN_KEY, RetainLogs
 from unfed.evaluation.suites import Metric, SuiteConfig, compute, detailed_columns, select
 from unfed.metrics.stats import Score
-from unfed.models.generate import Progress
 
 EVAL_FILE = "TOFU_EVAL.json"
 SUMMARY_FILE = "TOFU_SUMMARY.json"
@@ -78,20 +77,18 @@ def _entry(score: Score) -> dict[str, Any]:
     return entry
 
 
-def evaluate(  # noqa: PLR0913, PLR0917
+def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     suite: SuiteConfig,
     rows_by_split: Mapping[str, Sequence[Example]],
     retain_logs: RetainLogs | None = None,
-    progress: Progress | None = None,
 ) -> EvalResult:
     """Evaluate ``model`` on the rows of ``forget``, ``retain``, ``real_authors``, ``world_facts``, ``holdout``.
 
     A split that is absent or lacks a column leaves its metrics without a value, with the reason. The retain
     log is checked before anything is scored. The model comes back in the mode it was in, without gradients.
-    ``progress`` is called with (what, done, total).
 
     Raises ``ConfigError`` for an unknown metric, ``ArtifactError`` for a retain log of another split or
     without what a wanted metric needs, ``DataError`` when there are no rows at all or a column has gaps.
@@ -111,7 +108,7 @@ def evaluate(  # noqa: PLR0913, PLR0917
         max_length=suite.max_length,
         mask_pad_ids=suite.parity == "openunlearning",
         details=detailed_columns(metrics),
-        progress=progress,
+        progress=suite.progress,
     )
     columns = [c for m in metrics for c in m.rule.columns]
     evidence = collect(given, rows_by_split, columns, [s for m in metrics for s in m.rule.generated])

@@ -29,7 +29,7 @@ from unfed.evaluation.rules import (
 )
 from unfed.metrics import membership, memorization, probability
 from unfed.metrics.stats import Score
-from unfed.models.generate import Budget, Decoding
+from unfed.models.generate import Budget, Decoding, Progress
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ TOFU_DEFAULT = (
 class SuiteConfig:
     """An evaluation. ``metrics`` names the wanted ones (empty: the suite's default); ``datasets`` maps each
     split to its data set's name, for the record. ``parity='openunlearning'`` reproduces that code's attention
-    mask, which hides every token equal to the padding id."""
+    mask, which hides every token equal to the padding id. ``progress`` is called with (what, done, total)."""
 
     metrics: tuple[str, ...] = ()
     datasets: Mapping[str, str] = field(default_factory=dict)
@@ -101,6 +101,7 @@ class SuiteConfig:
     decoding: Decoding = Decoding()
     max_length: int | None = 512
     parity: Literal["openunlearning"] | None = None
+    progress: Progress | None = field(default=None, compare=False)
 
 
 def tofu_datasets(forget_split: str = "forget10", holdout_split: str = "holdout10") -> dict[str, str]:
