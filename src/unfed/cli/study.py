@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ class Recipe:
     retain: str
     methods: Mapping[str, str]
     keep: bool = False
+    threads: int | None = None
 
 
 QUICKSTART = Recipe(
@@ -42,6 +42,7 @@ QUICKSTART = Recipe(
     model="tiny",
     retain="retain75",
     methods={"unlearned": "NPO"},
+    threads=1,  # several threads on matrices this small wait for each other, above all on a busy machine
 )
 REAL = Recipe(
     name="real",
@@ -78,10 +79,10 @@ def _run(recipe: Recipe, directory: Path, overrides: Sequence[str], model: Calla
     from unfed.app.study import Study, run_study
 
     began = time.monotonic()
-    # All cores but no more: several threads on one tiny matrix only wait for each other.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
     _configs(recipe, directory, "checked-before-anything-is-built", overrides)
     configs = _configs(recipe, directory, model(directory), overrides)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     unlearn = {name: configs[name] for name in recipe.methods}
     study = Study(
         title=recipe.title,
