@@ -65,10 +65,23 @@ def test_run_json_says_what_ran_and_how_it_ended(config):
 
 
 def test_a_failure_is_recorded(config):
-    with pytest.raises(UnfedError, match="too bad"), open_run(config):
+    with pytest.raises(UnfedError, match="too bad"), open_run(config):  # noqa: PT012
+        (out(config) / "checkpoints").mkdir()
         raise UnfedError("too bad")
     record = read_json(out(config) / RUN_FILE)
     assert record["status"] == "failed" and record["error"] == "UnfedError: too bad"
+
+
+def test_a_mistake_found_before_anything_was_made_leaves_the_place_as_it_was(config):
+    with pytest.raises(UnfedError, match="mistake"), open_run(config):
+        raise UnfedError("mistake")
+    assert not out(config).exists()
+    finish(config)
+    before = (out(config) / RUN_FILE).read_bytes()
+    with pytest.raises(UnfedError, match="mistake"), open_run(config):
+        raise UnfedError("mistake")
+    assert (out(config) / RUN_FILE).read_bytes() == before
+    assert [p.name for p in out(config).parent.iterdir()] == [out(config).name]
 
 
 def test_finished_runs_are_set_aside_one_after_the_other(config):

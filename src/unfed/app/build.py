@@ -9,6 +9,7 @@ from typing import Any
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
+from unfed.app.rundir import PARTITION_FILE
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import ConfigError, DataError, UnfedError
 from unfed.base.params import Hyperparameters
@@ -31,7 +32,6 @@ from unfed.training.batches import Collation
 from unfed.unlearning.recipes import RECIPES, Ingredients, finetune
 
 DEFAULT_CLIENTS = 3
-PARTITION_FILE = "partition.json"
 FEDERATED = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 

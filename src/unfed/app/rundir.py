@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from unfed.base.artifacts import read_json, remove_leftovers, run_lock, write_json
+from unfed.base.artifacts import LOCK_NAME, read_json, remove_leftovers, run_lock, write_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import RunConfig
 
 RUN_FILE = "run.json"
+PARTITION_FILE = "partition.json"
 PACKAGES = ("unfed", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "safetensors", "numpy")
 
 
@@ -92,6 +93,7 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
 
     A finished run that is there already is set aside under ``<name>.1``, ``<name>.2``, ...: nothing is lost. One that
     was cut short is not touched unless ``resume=true`` (go on) or ``overwrite=true`` (set it aside) says what to do.
+    A run that ends in a user's mistake before it has made anything leaves the place as it was.
     """
     path = Path(config.paths.output_dir)
     _not_its_own_input(config, path)
@@ -110,8 +112,23 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
         except BaseException as e:
             with contextlib.suppress(UnfedError):
                 run.note(status="failed", ended=_now(), error=f"{type(e).__name__}: {e}")
+            if isinstance(e, UnfedError) and not config.resume:
+                _undo(path, aside)
             raise
         run.note(status="finished", ended=_now())
+
+
+def _undo(path: Path, aside: Path | None) -> None:
+    """Remove a run that made nothing but its record, and put back the one that was set aside for it."""
+    records = [f for f in path.iterdir() if f.name in {RUN_FILE, PARTITION_FILE, LOCK_NAME} or f.suffix == ".log"]
+    if len(records) < len(list(path.iterdir())):
+        return
+    with contextlib.suppress(OSError):  # the message matters more than a directory that cannot be removed
+        for file in records:
+            file.unlink()
+        path.rmdir()
+        if aside is not None:
+            aside.rename(path)
 
 
 def _history(path: Path) -> dict[str, Any]:

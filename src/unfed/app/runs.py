@@ -15,7 +15,7 @@ import torch
 from unfed.app import build
 from unfed.app.evaluate import evaluate_model
 from unfed.app.progress import Reporter, say, show_schedule
-from unfed.app.rundir import RunDir, open_run, training_identity
+from unfed.app.rundir import PARTITION_FILE, RunDir, open_run, training_identity
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, read_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
@@ -136,7 +136,7 @@ def train(config: RunConfig) -> RunResult:
         identity["inputs"] = {"adapter": start.digest(), "base": loaded.fingerprint, **parts}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, ServerState(0, start))
-        partition.write(directory.path / build.PARTITION_FILE)
+        partition.write(directory.path / PARTITION_FILE)
         probe = _probe(local, clients, targets, loaded)
         directory.note(schedule=schedule.table(), settings=settings, base=loaded.base, **probe)
         directory.note(base_fingerprint=loaded.fingerprint)
