@@ -10,10 +10,11 @@ from transformers import get_scheduler
 
 from unfed.base.errors import AdapterError, ConfigError
 from unfed.models.adapter import snapshot, trainable_parameters
+from unfed.models.generate import inference
 from unfed.objectives.nll import NLL
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Companions
-from unfed.training.loop import LocalTask, Window, evaluation_mode, mean_nll
+from unfed.training.loop import LocalTask, Window, mean_nll
 
 
 def task(local, examples, *, epochs=1.0, window=None, objective=None, path=("fit", 0, "c"), on_step=None) -> LocalTask:
@@ -194,7 +195,7 @@ def test_the_mode_is_what_it_was(small_local, small_examples, training):
     assert local.model.training is training
     mean_nll(local, small_examples[:2])
     assert local.model.training is training
-    with pytest.raises(ZeroDivisionError), evaluation_mode(local.model):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), inference(local.model):  # noqa: PT012
         assert not local.model.training
         raise ZeroDivisionError
     assert local.model.training is training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from unfed.base.artifacts import digest_json
 from unfed.base.errors import ConfigError, DataError, UnfedError
 from unfed.base.params import Hyperparameters
 from unfed.base.types import Example, Split
-from unfed.config.schema import DatasetConfig, RunConfig
-from unfed.data.chat import EncodedExample, Template, encode_rows
-from unfed.data.datasets import DatasetSpec, load_rows
+from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
+from unfed.data.chat import EncodedExample, encode_rows
+from unfed.data.datasets import load_rows
 from unfed.data.partition import Partition, PartitionSpec, make_partition
 from unfed.data.refusals import alternate_answers, load_refusals
 from unfed.federated.client import ClientData
@@ -32,7 +32,6 @@ from unfed.training.batches import Collation
 from unfed.unlearning.recipes import RECIPES, Ingredients, finetune
 
 DEFAULT_CLIENTS = 3
-FEDERATED = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def refuse_unknown(config: RunConfig) -> None:
 
 def is_federated(config: RunConfig) -> bool:
     """Whether the trainer has clients (the others train one client that owns every row)."""
-    return config.trainer is not None and config.trainer.handler in FEDERATED
+    return config.trainer is not None and config.trainer.handler in FEDERATED_TRAINERS
 
 
 def read_rows(config: RunConfig) -> Rows:
@@ -98,7 +97,7 @@ def read_rows(config: RunConfig) -> Rows:
 def _load(config: DatasetConfig | None, data_dir: str | None) -> tuple[Example, ...]:
     if config is None:
         return ()
-    return tuple(load_rows(DatasetSpec(**asdict(config)), data_dir))
+    return tuple(load_rows(config, data_dir))
 
 
 def find_manifest(config: RunConfig) -> Path | None:
@@ -172,7 +171,7 @@ def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str
 
 def encode_clients(config: RunConfig, loaded: LoadedModel, rows: Rows, partition: Partition) -> dict[str, ClientData]:
     """Tokenise every row once and hand each client its own."""
-    template = Template(**asdict(config.model.template_args))
+    template = config.model.template_args
     length = {s: getattr(config.data, s).max_length for s in ("train", "forget", "retain") if getattr(config.data, s)}
 
     def encode(split: str, examples: Sequence[Example]) -> dict[str, EncodedExample]:

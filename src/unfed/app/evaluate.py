@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from unfed.app.progress import console, say
 from unfed.base.errors import DataError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
-from unfed.data.chat import Template
 from unfed.data.datasets import DatasetSpec, data_digest, load_rows
 from unfed.evaluation.retain_logs import load_retain_logs
 from unfed.evaluation.runner import EvalResult, evaluate, write_results
@@ -56,15 +55,13 @@ def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> E
     assert config.eval is not None
     logs = load_retain_logs(config.eval.retain_logs_path) if config.eval.retain_logs_path else None
     rows = evaluation_rows(config.eval, config.paths.data_dir)
-    template = Template(**asdict(config.model.template_args))
     with console.status("evaluating") as status:
 
         def progress(what: str, done: int, total: int) -> None:
             status.update(f"evaluating {what}: {done}/{total}")
 
-        result = evaluate(
-            loaded.model, loaded.tokenizer, template, replace(suite_of(config.eval), progress=progress), rows, logs
-        )
+        suite = replace(suite_of(config.eval), progress=progress)
+        result = evaluate(loaded.model, loaded.tokenizer, config.model.template_args, suite, rows, logs)
     digests = {"adapter": snapshot(loaded.model).digest(), "base": loaded.fingerprint}
     digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
     write_results(result, directory, digests)

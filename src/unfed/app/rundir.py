@@ -17,6 +17,7 @@ import torch
 from unfed.base.artifacts import LOCK_NAME, read_json, remove_leftovers, run_lock, write_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import RunConfig
+from unfed.federated.checkpoint import Checkpoints
 
 RUN_FILE = "run.json"
 PARTITION_FILE = "partition.json"
@@ -76,11 +77,6 @@ class RunDir:
         """Add to ``run.json`` and write it."""
         self._record.update({k: plain(v) for k, v in entries.items()})
         write_json(self.path / RUN_FILE, self._record)
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        """What ``run.json`` holds."""
-        return self._record
 
 
 def _now() -> str:
@@ -157,7 +153,7 @@ def _set_aside(path: Path, *, overwrite: bool) -> Path | None:
         return None
     with run_lock(path):
         pass  # refuses while another process works there
-    if status != "finished" and not overwrite and any((path / "checkpoints").glob("round_*")):
+    if status != "finished" and not overwrite and Checkpoints(path, {}).exist():
         raise UnfedError(
             f"{path} holds a run that was cut short: resume=true goes on from its last round, overwrite=true sets it "
             "aside and starts afresh"

@@ -27,7 +27,7 @@ from unfed.federated.client import Client, ClientData
 from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
 from unfed.federated.schedule import Phase, Schedule
 from unfed.federated.transport import InProcess
-from unfed.models.adapter import restore, save_adapter, snapshot
+from unfed.models.adapter import save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
 from unfed.training import advice
 from unfed.training.args import LoopArgs, loop_args
@@ -138,8 +138,8 @@ def train(config: RunConfig) -> RunResult:
         state, keeper = _resume(config, checkpoints, ServerState(0, start))
         partition.write(directory.path / PARTITION_FILE)
         probe = _probe(local, clients, targets, loaded)
-        directory.note(schedule=schedule.table(), settings=settings, base=loaded.base, **probe)
-        directory.note(base_fingerprint=loaded.fingerprint)
+        base = {"base": loaded.base, "base_fingerprint": loaded.fingerprint}
+        directory.note(schedule=schedule.table(), settings=settings, **base, **probe)
         with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
             reporter = Reporter(schedule, state.round, track)
             client.on_step, keeper.listener = reporter.stepped, reporter
@@ -153,7 +153,7 @@ def train(config: RunConfig) -> RunResult:
             finally:
                 reporter.close()
         warnings = _warnings(schedule, client, keeper.records)
-        _save(config, directory, loaded, local, state, clients)
+        _save(directory, loaded, local, state, clients)
         directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
@@ -180,30 +180,29 @@ def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> 
     return state, RunKeeper(records=records, checkpoints=checkpoints)
 
 
-def _forget_loss(local: Local, clients: Mapping[str, ClientData]) -> float | None:
-    """Mean loss of the first forget rows, in the order of their ids: the same rows whoever asks."""
+def _forget_loss(local: Local, clients: Mapping[str, ClientData]) -> dict[str, Any] | None:
+    """Mean loss of the first forget rows in the order of their ids (the same rows whoever asks), and those ids."""
     by_id = {e.example_id: e for d in clients.values() for e in d.splits.get("forget", ())}
-    rows = [by_id[i] for i in sorted(by_id)[:PROBE_ROWS]]
-    return mean_nll(local, rows) if rows else None
+    ids = sorted(by_id)[:PROBE_ROWS]
+    return {"ids": ids, "value": mean_nll(local, [by_id[i] for i in ids])} if ids else None
 
 
 def _probe(local: Local, clients: Mapping[str, ClientData], targets: list[str], loaded: LoadedModel) -> dict[str, Any]:
     """The forget loss at the start of unlearning beside the one that fine-tuning left, so a lost adapter shows."""
     if not targets:
         return {}
-    now = _forget_loss(local, clients)
-    stored = _origin(loaded).get("forget_loss")
-    ids = sorted({e.example_id for d in clients.values() for e in d.splits["forget"]})[:PROBE_ROWS]
+    probe = _forget_loss(local, clients)
+    assert probe is not None  # a target owns forget rows
+    now, stored = probe["value"], _origin(loaded).get("forget_loss")
     agrees = None
-    if stored is not None and stored.get("ids") == ids and now is not None:
+    if stored is not None and stored.get("ids") == probe["ids"]:
         agrees = bool(abs(now - stored["value"]) <= 0.1 + 0.1 * abs(stored["value"]))
     if agrees is False and stored is not None:
         say(
             f"WARNING: the forget rows have loss {now:.3f} now and had {stored['value']:.3f} after fine-tuning: the "
             "adapter, its base or the chat template is not the one that was trained"
         )
-    if now is not None:
-        say(f"forget loss at the start: {now:.4f} nats a token" + (" (as after fine-tuning)" if agrees else ""))
+    say(f"forget loss at the start: {now:.4f} nats a token" + (" (as after fine-tuning)" if agrees else ""))
     return {"forget_loss_at_start": now, "forget_loss_stored": stored, "forget_loss_agrees": agrees}
 
 
@@ -237,7 +236,6 @@ def _warnings(schedule: Schedule, client: Client, records: list[RoundRecord]) ->
 
 
 def _save(
-    config: RunConfig,
     directory: RunDir,
     loaded: LoadedModel,
     local: Local,
@@ -254,17 +252,15 @@ def _save(
         "base_fingerprint": loaded.fingerprint,
         "adapter": state.adapter.digest(),
     }
-    rows = {e.example_id: e for d in clients.values() for e in d.splits.get("forget", ())}
-    if rows:
-        restore(loaded.model, state.adapter)
-        ids = sorted(rows)[:PROBE_ROWS]
-        origin["forget_loss"] = {"ids": ids, "value": mean_nll(local, [rows[i] for i in ids])}
+    probe = _forget_loss(local, clients)  # save_adapter has written the final adapter into the model
+    if probe is not None:
+        origin["forget_loss"] = probe
     write_json(directory.path / ORIGIN_FILE, origin)
 
 
 def _evaluate_after(config: RunConfig, loaded: LoadedModel, directory: RunDir) -> EvalResult | None:
     if config.eval is None or not config.eval.enabled:
         return None
-    result = evaluate_model(dataclasses.replace(config), loaded, directory.path)
+    result = evaluate_model(config, loaded, directory.path)
     directory.note(summary=result.summary())
     return result

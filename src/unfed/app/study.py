@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from unfed.app.runs import run
 from unfed.base.artifacts import read_json, write_json
 from unfed.config.schema import RunConfig
 from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE
+from unfed.federated.checkpoint import RoundRecord
 from unfed.report.page import METRICS, Answer, Cost, StudyReport, number, verdict, write_report
 
 
@@ -113,25 +113,20 @@ def _clear(study: Study) -> None:
             shutil.rmtree(place)
 
 
+def _records(place: Path) -> list[RoundRecord]:
+    return [RoundRecord(**r) for r in read_json(place / RUN_FILE).get("rounds", [])]
+
+
 def _losses(places: Mapping[str, Path], study: Study) -> dict[str, list[tuple[str, float]]]:
-    found = {}
-    for name in ("finetune", "oracle", *study.unlearn):
-        rounds = read_json(places[name] / RUN_FILE).get("rounds", [])
-        points = [(str(r["phase"]), _mean_loss(r)) for r in rounds]
-        found[name] = [(phase, loss) for phase, loss in points if loss is not None]
-    return found
-
-
-def _mean_loss(record: Mapping[str, Any]) -> float | None:
-    losses = [m["loss"] for m in record["metrics"].values() if "loss" in m]
-    return sum(losses) / len(losses) if losses else None
+    runs = ("finetune", "oracle", *study.unlearn)
+    return {n: [(r.phase, r.loss) for r in _records(places[n]) if r.loss is not None] for n in runs}
 
 
 def _cost(name: str, place: Path) -> Cost:
-    rounds = read_json(place / RUN_FILE).get("rounds", [])
-    errors = [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
-    sent = sum(r["bytes_up"] + r["bytes_down"] for r in rounds)
-    return Cost(name, sum(r["seconds"] for r in rounds), len(rounds), sent / 1e6, max(errors, default=None))
+    rounds = _records(place)
+    errors = [r.aggregation_error for r in rounds if r.aggregation_error is not None]
+    sent = sum(r.bytes_up + r.bytes_down for r in rounds)
+    return Cost(name, sum(r.seconds for r in rounds), len(rounds), sent / 1e6, max(errors, default=None))
 
 
 def _answers(models: Mapping[str, Path], base: RunConfig) -> list[Answer]:

@@ -14,6 +14,8 @@ from typing import Any
 from unfed.base.errors import ConfigError, nearest
 
 _KEY = "hyperparameter"
+STRICT: dict[str, Any] = {"extra": "forbid"}
+"""``__pydantic_config__`` of a dataclass that the configuration fills: names it does not know are refused."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unfed.base.errors import DataError, UnfedError
 from unfed.config.checks import datasets
-from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.models.source import resolve_source
 
 
@@ -26,16 +26,12 @@ def _model_files(config: RunConfig) -> Iterator[str]:
 
 
 def _data_files(config: RunConfig) -> Iterator[str]:
-    from unfed.data.datasets import DatasetSpec
     from unfed.data.datasets import preflight as look
 
-    sets = {
-        (d.path, d.name): DatasetSpec(d.path, d.name, d.split, d.question_key, d.answer_key, d.max_length, d.limit)
-        for _, d in datasets(config.data)
-    }
+    sets = {(d.path, d.name): d for _, d in datasets(config.data)}
     if config.eval is not None and (config.eval.enabled or config.mode == "eval"):
         name = f"{config.eval.forget_split}_perturbed"
-        sets[config.eval.path, name] = DatasetSpec(config.eval.path, name)
+        sets[config.eval.path, name] = DatasetConfig(config.eval.path, name)
     try:
         found = [problem for spec in sets.values() for problem in look(spec, config.paths.data_dir)]
     except DataError as e:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict
-
+from unfed.base.params import STRICT
+from unfed.data.spec import DatasetSpec as DatasetConfig
+from unfed.data.spec import Template as TemplateArgs
 from unfed.models.spec import ModelArgs, TokenizerArgs
-
-STRICT = ConfigDict(extra="forbid")
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = ("GradAscent", "GradDiff", "NPO", "SimNPO")
@@ -18,23 +17,8 @@ FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 
 @dataclass(frozen=True)
-class TemplateArgs:
-    """How a question and an answer become text. Tags are used when ``apply_chat_template`` is false."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    apply_chat_template: bool = True
-    system_prompt: str | None = None
-    system_prompt_with_special_tokens: str | None = None
-    user_start_tag: str = ""
-    user_end_tag: str = ""
-    asst_start_tag: str = ""
-    asst_end_tag: str = ""
-    date_string: str | None = None
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     model_args: ModelArgs
     tokenizer_args: TokenizerArgs = TokenizerArgs()
     template_args: TemplateArgs = TemplateArgs()
@@ -49,7 +33,7 @@ class MethodArgs:
     Local epochs of one round are ``trainer.args.num_train_epochs``; ``unlearn_epochs`` are the target's own.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     num_clients: int | None = None  # None: as partition.json says, else 3
     target_client_idx: int | Literal["all"] = 0
     unlearn_trainer_cls: str | None = None
@@ -67,7 +51,7 @@ class TrainerConfig:
     """``handler`` is FederatedFinetune, FederatedUnlearningTrainer, finetune, or a method's name
     (centralised unlearning). ``args`` are transformers' ``TrainingArguments`` plus ``warmup_epochs``."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     handler: str
     args: Mapping[str, Any] = field(default_factory=dict)
     method_args: MethodArgs = MethodArgs()
@@ -91,7 +75,7 @@ class AggregatorConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     name: Literal["inprocess"] = "inprocess"
     keep_checkpoints: int = 2
 
@@ -101,7 +85,7 @@ class PartitionConfig:
     """``target``: the target client owns every forget row and the rest is dealt by ``rest``.
     ``alpha``: concentration of the Dirichlet schemes. ``by_author`` keeps a person's rows together."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     scheme: Literal["target", "iid", "author", "dirichlet", "quantity"] = "target"
     rest: Literal["iid", "author", "dirichlet", "quantity"] = "iid"
     alpha: float = 0.5
@@ -109,29 +93,11 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
-    """A question-answer data set: a hub name, or ``<paths.data_dir>/<folder>/<name>.json`` when that exists.
-
-    ``path`` = ``locuslab/TOFU`` looks in the folder ``tofu`` (last part, lower case); ``fictional`` is the
-    built-in generator. ``limit`` keeps the first rows; ``authors`` keeps the first blocks of 20.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    path: str
-    name: str
-    split: str = "train"
-    question_key: str = "question"
-    answer_key: str = "answer"
-    max_length: int = 512
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """Fine-tuning reads ``train`` (and ``forget``, to know which rows the target client will own);
     unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list)."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     train: DatasetConfig | None = None
     forget: DatasetConfig | None = None
     retain: DatasetConfig | None = None
@@ -140,7 +106,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CollatorConfig:
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     name: Literal["DataCollatorForSupervisedDataset"] = "DataCollatorForSupervisedDataset"
     padding_side: Literal["right", "left"] = "right"
     pad_to_multiple_of: int | None = None
@@ -148,7 +114,7 @@ class CollatorConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     max_new_tokens: int = 200
     do_sample: bool = False
     temperature: float = 1.0
@@ -160,7 +126,7 @@ class EvalConfig:
     """An evaluation suite. ``metrics``: names of ``TOFU_SUMMARY.json``; ``limit`` keeps the first rows of
     each split. ``max_tokens`` is the token budget of a batch; ``batch_size`` bounds its rows."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     suite: Literal["tofu"] = "tofu"
     enabled: bool = True
     path: str = "locuslab/TOFU"
@@ -178,7 +144,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class PathsConfig:
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     root_dir: str
     data_dir: str | None
     output_dir: str

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import DataError
 from unfed.base.types import IGNORE_INDEX, Example
+from unfed.data.spec import Template
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +30,6 @@ CACHED_LISTS = 64
 _cache: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[Any, ...], tuple[EncodedExample, ...]]] = (
     WeakKeyDictionary()
 )
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a question and an answer become text. The tags are used when ``apply_chat_template`` is false.
-
-    ``system_prompt`` and ``date_string`` go to the chat template (Llama-3's takes a date; it would print
-    today's otherwise); ``system_prompt_with_special_tokens`` precedes the tags.
-    """
-
-    apply_chat_template: bool = True
-    system_prompt: str | None = None
-    system_prompt_with_special_tokens: str | None = None
-    user_start_tag: str = ""
-    user_end_tag: str = ""
-    asst_start_tag: str = ""
-    asst_end_tag: str = ""
-    date_string: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,10 @@ from unfed.base.artifacts import digest_json
 from unfed.base.errors import DataError, nearest
 from unfed.base.types import Example
 from unfed.data import fictional
+from unfed.data.spec import DatasetSpec
 
 FICTIONAL = "fictional"
 _PART = re.compile(r"(?P<name>[A-Za-z0-9_.-]+?)(?:\[:(?P<rows>[1-9]\d*)\])?")
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """Which rows to read; the fields are those of ``data.<split>`` in the configuration.
-
-    ``path`` is ``fictional`` or a hub name, whose last part in lower case names the local folder.
-    ``split`` is the hub's split; local files and the generator have ``train`` alone. ``max_length`` is in
-    tokens and is used by the tokenisation, not here. ``limit`` keeps the first rows.
-    ``name`` may join several: see :func:`load_rows`.
-    """
-
-    path: str
-    name: str
-    split: str = "train"
-    question_key: str = "question"
-    answer_key: str = "answer"
-    max_length: int = 512
-    limit: int | None = None
-
-    @property
-    def folder(self) -> str:
-        """The local folder's name: ``locuslab/TOFU`` -> ``tofu``."""
-        return self.path.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def load_rows(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[Example]:

@@ -6,7 +6,6 @@ run makes one call for each client and round.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from unfed.base.types import Batch, Split
 from unfed.data.chat import EncodedExample
 from unfed.models.adapter import trainable_parameters
 from unfed.models.forward import token_logps
+from unfed.models.generate import inference
 from unfed.objectives.base import Objective
 from unfed.training.args import LoopArgs, usable_optimizer
 from unfed.training.batches import BatchPlan, Collation, Step, steps_per_epoch
@@ -265,20 +265,8 @@ class _LossLog:
         return TrainResult(len(curve), num_examples, sum(curve) / len(curve), parts, tuple(curve))
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; its mode is restored afterwards, also after an error."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@torch.no_grad()
 def mean_nll(local: Local, examples: Sequence[EncodedExample]) -> float:
     """Mean loss (nats a token) of a few rows, in evaluation mode: tells a lost adapter at once."""
-    with evaluation_mode(local.model):
+    with inference(local.model):
         logps, _ = token_logps(local.model, local.collation.batch(examples).to(local.device))
     return float(-logps.mean())
