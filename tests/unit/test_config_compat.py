@@ -141,8 +141,14 @@ def test_a_preset_overrides_the_model_and_a_value_overrides_the_preset():
 
 def test_a_group_may_be_switched_off_with_null():
     config = resolve([*BASE, "eval=null", "lora=null"], UNLEARN)
-    assert config.eval is None
+    assert not config.eval.enabled
     assert config.model.model_args.lora_config.r == 16
+
+
+def test_an_evaluation_switched_off_stays_off_where_an_experiment_sets_it_up():
+    assert not resolve(["task_name=t", "experiment=finetune/real", "eval=null"], "train-lora").eval.enabled
+    with pytest.raises(ConfigError, match=r"eval\.enabled=false"):
+        resolve(["task_name=t", "eval=null"], "eval")
 
 
 def test_a_sweep_is_rewritten_and_every_run_of_it_checked():

@@ -112,6 +112,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class SharedBatch:
+    """Rows of one prompt each, followed by several answers to it that do not see each other.
+
+    ``input_ids``, ``position_ids`` (an answer counts on from its prompt) and ``parts`` (0 in the prompt, ``k`` in
+    the ``k``-th answer) have shape ``(B, T)``, int64. ``predictors`` and ``labels`` ``(N,)``: the flat position
+    that predicts each labelled token, and the token; by row, then answer, then position.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    parts: Tensor
+    predictors: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> SharedBatch:
+        """The same batch on another device."""
+        moved = (self.input_ids, self.position_ids, self.parts, self.predictors, self.labels)
+        return SharedBatch(*(t.to(device) for t in moved))
+
+
+@dataclass(frozen=True)
 class LossTerms:
     """A micro-batch's contribution to the loss of one optimizer step.
 

@@ -211,6 +211,8 @@ def _limits(config: RunConfig) -> Iterator[str]:
             yield "eval: mode eval needs a suite; give eval=tofu"
         return
     e = config.eval
+    if config.mode == "eval" and not e.enabled:
+        yield "eval.enabled=false: mode eval has nothing else to do"
     numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
     numbers["generation.max_new_tokens"] = e.generation.max_new_tokens
     yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)

@@ -1,8 +1,9 @@
 """The command line before Hydra sees it: composed once to find every mistake, and rewritten where users' habits differ.
 
 Rewritten are ``trainer.method_args.aggregation_strategy=X`` (to ``aggregator=X``) and ``unlearn_trainer_cls=X`` (to
-``method=X``), a group set to ``null`` (to ``~group``), and settings that the composed files do not mention (to
-``++key=value``; whether the key exists is for ``config.load`` to say, with the nearest name).
+``method=X``), a group set to ``null`` (to ``~group``; ``eval`` to ``eval.enabled=false``), and settings that the
+composed files do not mention (to ``++key=value``; whether the key exists is for ``config.load`` to say, with the
+nearest name).
 """
 
 from __future__ import annotations
@@ -164,13 +165,18 @@ def _rewrite(line: CommandLine) -> list[str]:
                 rewritten.append(f"{alias}={_text(o)}")
                 problems += _unknown_choice(o, alias, groups[alias])
         elif o.key_or_group in groups and o.type == OverrideType.CHANGE:
-            rewritten.append(f"~{o.key_or_group}" if _text(o) == "null" else o.input_line or "")
+            rewritten.append(_switched_off(o.key_or_group) if _text(o) == "null" else o.input_line or "")
             problems += _unknown_choice(o, o.key_or_group, groups[o.key_or_group])
         else:
             rewritten.append(_forced(o))
     if problems:
         raise ConfigError(problems)
     return rewritten
+
+
+def _switched_off(group: str) -> str:
+    # An experiment's own eval settings would stay behind ~eval and make an evaluation of the defaults.
+    return "++eval.enabled=false" if group == "eval" else f"~{group}"
 
 
 def _text(override: Override) -> str:

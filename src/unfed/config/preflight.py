@@ -29,7 +29,7 @@ def _data_files(config: RunConfig) -> Iterator[str]:
     from unfed.data.datasets import preflight as look
 
     sets = {(d.path, d.name): d for _, d in datasets(config.data)}
-    if config.eval is not None and (config.eval.enabled or config.mode == "eval"):
+    if config.eval is not None and config.eval.enabled:
         name = f"{config.eval.forget_split}_perturbed"
         sets[config.eval.path, name] = DatasetConfig(config.eval.path, name)
     try:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from unfed.base.types import IGNORE_INDEX, Batch
+from unfed.base.types import IGNORE_INDEX, Batch, SharedBatch
 from unfed.data.chat import EncodedExample
 
 
@@ -38,6 +38,43 @@ def collate(
         labels[i, where] = torch.tensor(example.labels, dtype=torch.long)
         attention_mask[i, where] = 1
     return Batch(input_ids, attention_mask, labels, tuple(e.example_id for e in examples))
+
+
+def shared_prefix(example: EncodedExample) -> tuple[int, ...]:
+    """What examples must have in common to stand in one row: the prompt (at least one token)."""
+    return example.input_ids[: max(1, example.prompt_len)]
+
+
+def shared_width(examples: Sequence[EncodedExample]) -> int:
+    """Positions of a row: the prompt once, and of each answer all tokens that predict another one."""
+    prefix = len(shared_prefix(examples[0]))
+    return prefix + sum(max(0, len(e) - prefix - 1) for e in examples)
+
+
+def collate_shared(groups: Sequence[Sequence[EncodedExample]], pad_token_id: int) -> SharedBatch:
+    """One row for each group of examples with the same :func:`shared_prefix`, padded on the right."""
+    width = max(shared_width(g) for g in groups)
+    input_ids = torch.full((len(groups), width), pad_token_id, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    parts = torch.zeros_like(input_ids)
+    predictors: list[int] = []
+    labels: list[int] = []
+    for row, group in enumerate(groups):
+        prefix = shared_prefix(group[0])
+        ids, positions, own = list(prefix), list(range(len(prefix))), [0] * len(prefix)
+        for k, example in enumerate(group, 1):
+            answer = example.input_ids[len(prefix) :]
+            first = row * width + len(ids)
+            if answer:
+                predictors += [row * width + len(prefix) - 1, *range(first, first + len(answer) - 1)]
+                labels += answer
+            ids += answer[:-1]
+            positions += range(len(prefix), len(prefix) + len(answer) - 1)
+            own += [k] * (len(answer) - 1)
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        position_ids[row, : len(ids)] = torch.tensor(positions, dtype=torch.long)
+        parts[row, : len(ids)] = torch.tensor(own, dtype=torch.long)
+    return SharedBatch(input_ids, position_ids, parts, torch.tensor(predictors), torch.tensor(labels))
 
 
 def length_grouped_batches(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,11 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from unfed.base.errors import DataError
 from unfed.base.types import IGNORE_INDEX, Batch, Example
 from unfed.data.chat import EncodedExample, Template, encode_pairs, encode_prompts
-from unfed.data.collate import collate
+from unfed.data.collate import collate, collate_shared, shared_prefix, shared_width
 from unfed.metrics.probability import avg_loss
 from unfed.metrics.stats import Array, TokenStats
-from unfed.models.forward import label_logps, labelled_logits
+from unfed.models.forward import label_logps, labelled_logits, shared_logits
 from unfed.models.generate import Budget, Decoding, Progress, generate, inference, pad_id
+
+log = logging.getLogger(__name__)
+
+SHARING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Mean difference (nats a token) that rounding may make between an answer scored alone and beside others; 0.1 for
+the shorter types."""
 
 _CHUNK_VALUES = 1 << 21
 """Logits handled at once in float32: 8 MiB for each of three arrays."""
@@ -186,24 +193,75 @@ def score(given: Pass, encoded: Sequence[EncodedExample], details: Sequence[bool
     lengths = np.array([sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in encoded], dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     flat = np.full((4 if any(details) else 1, int(offsets[-1])), np.nan, dtype=np.float32)
-    pad, device = pad_id(given.tokenizer), next(given.model.parameters()).device
     done = 0
+    for own, logits, labels in _forward(given, encoded):
+        where = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in own])
+        flat[0, where] = label_logps(logits, labels).cpu().numpy()
+        chosen = np.repeat([details[i] for i in own], lengths[own])
+        if chosen.any():
+            tokens = torch.from_numpy(np.flatnonzero(chosen)).to(logits.device)
+            flat[1:, where[chosen]] = _details(logits, labels, tokens).cpu().numpy()
+        done += len(own)
+        given.tell("scoring answers", done, len(encoded))
+    others = (flat[1] == 1, flat[2], flat[3]) if any(details) else (None, None, None)
+    return TokenStats(flat[0], offsets, tuple(e.example_id for e in encoded), *others)
+
+
+def _forward(given: Pass, encoded: Sequence[EncodedExample]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of answers with the logits and labels of their labelled tokens, by answer and position.
+
+    Answers to one question share its prompt where that is worth it and the model allows it.
+    """
+    pad, device = pad_id(given.tokenizer), next(given.model.parameters()).device
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    for i, e in enumerate(encoded):
+        prompts.setdefault(shared_prefix(e), []).append(i)
+    groups = list(prompts.values())
+    if len(groups) < len(encoded) and not given.mask_pad_ids and _shares(given, encoded, groups):
+        for own in given.budget.batches([_shared_cost([encoded[i] for i in g]) for g in groups]):
+            batch = collate_shared([[encoded[i] for i in groups[g]] for g in own], pad).to(device)
+            yield [i for g in own for i in groups[g]], shared_logits(given.model, batch), batch.labels
+        return
     for own in given.budget.batches([len(e) for e in encoded]):
         batch = collate([encoded[i] for i in own], pad)
         if given.mask_pad_ids:
             mask = (batch.input_ids != pad).to(batch.attention_mask.dtype)
             batch = Batch(batch.input_ids, mask, batch.labels, batch.example_ids)
         found = labelled_logits(given.model, batch.to(device))
-        where = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in own])
-        flat[0, where] = label_logps(found.logits, found.labels).cpu().numpy()
-        chosen = np.repeat([details[i] for i in own], lengths[own])
-        if chosen.any():
-            tokens = torch.from_numpy(np.flatnonzero(chosen)).to(found.logits.device)
-            flat[1:, where[chosen]] = _details(found.logits, found.labels, tokens).cpu().numpy()
-        done += len(own)
-        given.tell("scoring answers", done, len(encoded))
-    others = (flat[1] == 1, flat[2], flat[3]) if any(details) else (None, None, None)
-    return TokenStats(flat[0], offsets, tuple(e.example_id for e in encoded), *others)
+        yield own, found.logits, found.labels
+
+
+def _shared_cost(group: Sequence[EncodedExample]) -> int:
+    """Positions of a group, or twice its labelled tokens: unshared, answers are about half of all positions, and
+    the logits of as many labels should fit in memory."""
+    labels = sum(len(e) - len(shared_prefix(e)) for e in group)
+    return max(shared_width(group), 2 * labels)
+
+
+def _shares(given: Pass, encoded: Sequence[EncodedExample], groups: Sequence[list[int]]) -> bool:
+    """Whether this model gives the answers of a shared row what it gives them one by one; tried on the longest.
+
+    A kernel without masks of its own (flash attention), a sliding window shorter than the row, positions that
+    come of the mask (ALiBi) or a recurrent layer show here.
+    """
+    several = [g for g in groups if len(g) > 1]
+    group = [encoded[i] for i in max(several, key=lambda g: shared_width([encoded[i] for i in g]))]
+    pad, device = pad_id(given.tokenizer), next(given.model.parameters()).device
+    alone = labelled_logits(given.model, collate(group, pad).to(device))
+    want = label_logps(alone.logits, alone.labels)
+    del alone
+    batch = collate_shared([group], pad).to(device)
+    try:
+        found = label_logps(shared_logits(given.model, batch), batch.labels)
+    except (ValueError, TypeError, RuntimeError) as e:
+        log.info("answers to one question are scored one by one (%s)", str(e).partition("\n")[0])
+        return False
+    dtype = next(given.model.parameters()).dtype
+    off = float((found - want).abs().mean())
+    if not off <= SHARING_TOLERANCE.get(dtype, 0.1):
+        log.info("answers to one question are scored one by one (shared, they differ by %.2g nats)", off)
+        return False
+    return True
 
 
 def _details(logits: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unfed.base.types import IGNORE_INDEX, Batch
+from unfed.base.types import IGNORE_INDEX, Batch, SharedBatch
 
 _CHUNK_VALUES = 1 << 23
 """Logits handled at once in float32 while a log-probability is computed: 32 MiB."""
@@ -119,6 +119,24 @@ def labelled_logits(model: nn.Module, batch: Batch) -> LabelledLogits:
         logits = _run_labelled(model, batch).logits.squeeze(0)
     labels = batch.labels[:, 1:][mask[:, :-1]].to(logits.device)
     return LabelledLogits(logits, labels, (index // mask.shape[1]).to(logits.device))
+
+
+def shared_logits(model: nn.Module, batch: SharedBatch) -> Tensor:
+    """Logits ``(N, V)`` at ``batch.predictors``, where answers to one prompt share its positions.
+
+    The block mask is handed to the model as it is, which attention kernels other than ``sdpa`` and ``eager``,
+    sliding windows and recurrent layers do not honour: compare with :func:`labelled_logits` before relying on it.
+    """
+    width = batch.parts.shape[1]
+    causal = torch.ones((width, width), dtype=torch.bool, device=batch.parts.device).tril()
+    keys, queries = batch.parts[:, None, None, :], batch.parts[:, None, :, None]
+    allowed = causal & ((keys == 0) | (keys == queries))
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+    with _head_input(model, _rows_at(batch.predictors)):
+        out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+    return out.logits.squeeze(0)
 
 
 class _LabelLogps(torch.autograd.Function):

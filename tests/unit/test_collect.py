@@ -1,0 +1,113 @@
+"""Scoring: answers to one question share its prompt, and get what they would get alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BloomConfig, LlamaConfig, Qwen2Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from unfed.base.types import IGNORE_INDEX
+from unfed.data.chat import EncodedExample
+from unfed.data.collate import collate_shared, shared_width
+from unfed.data.spec import Template
+from unfed.evaluation import collect
+from unfed.models.generate import Budget
+
+SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {**SIZES, "num_key_value_heads": 1, "intermediate_size": 24}
+
+
+class Tokenizer:
+    pad_token_id = 0
+    eos_token_id = 2
+
+
+def answer(prompt, tokens, prompt_len=None):
+    n = len(prompt) if prompt_len is None else prompt_len
+    ids = (*prompt, *tokens)
+    return EncodedExample(ids, (*[IGNORE_INDEX] * n, *ids[n:]), n)
+
+
+def answers():
+    """Four questions with 3, 1, 2 and 2 answers, mixed; one cut to its prompt, one without any prompt."""
+    rng = np.random.default_rng(0)
+
+    def draw(n):
+        return tuple(int(t) for t in rng.integers(3, 61, n))
+
+    a, b, c = draw(5), draw(3), draw(7)
+    found = [answer(a, draw(4)), answer(b, draw(6)), answer(a, draw(1)), answer(c, draw(2)), answer(c, ())]
+    return [*found, answer(a, draw(9)), answer((9, *draw(3)), (), 0), answer((9, *draw(5)), (), 0)]
+
+
+def passing(model, **given):
+    return collect.Pass(model.eval(), Tokenizer(), Template(), **given)  # pyright: ignore[reportArgumentType]
+
+
+def build(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def scored(given, *, details=False):
+    with torch.no_grad():
+        return collect.score(given, answers(), [details] * len(answers()))
+
+
+def test_a_shared_row_by_hand():
+    batch = collate_shared([[answer((7, 8), (3, 4, 5)), answer((7, 8), (6, 2))], [answer((9,), (1,))]], 0)
+    assert batch.input_ids.tolist() == [[7, 8, 3, 4, 6], [9, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist()[0] == [0, 1, 2, 3, 2]
+    assert batch.parts.tolist()[0] == [0, 0, 1, 1, 2]
+    assert batch.predictors.tolist() == [1, 2, 3, 1, 4, 5]
+    assert batch.labels.tolist() == [3, 4, 5, 6, 2, 1]
+    assert shared_width([answer((7, 8), (3, 4, 5)), answer((7, 8), (6, 2))]) == 5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_sharing_changes_nothing_but_the_work(attention, batch_size, monkeypatch):
+    base = build(Qwen2Config(**LLAMA, attn_implementation=attention))
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    given = passing(model, budget=Budget(batch_size=batch_size))
+    positions = []
+    base.register_forward_pre_hook(lambda _m, _a, kw: positions.append(kw["input_ids"].numel()), with_kwargs=True)
+    shared = scored(given, details=True)
+    used = sum(positions[2:])  # the first two: the trial, alone and shared
+    monkeypatch.setattr(collect, "_shares", lambda *_: False)
+    positions.clear()
+    alone = scored(given, details=True)
+    assert shared.offsets.tolist() == alone.offsets.tolist()
+    np.testing.assert_allclose(shared.logp, alone.logp, atol=1e-5)
+    np.testing.assert_allclose(shared.mean, alone.mean, atol=1e-5)
+    np.testing.assert_allclose(shared.var, alone.var, atol=1e-4)
+    assert (shared.is_argmax == alone.is_argmax).all()
+    if batch_size == 1:
+        assert used < sum(positions)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=2),  # positions come of the mask
+        BertConfig(**SIZES, intermediate_size=24, is_decoder=True),
+    ],
+    ids=["bloom", "bert"],
+)
+def test_a_model_that_cannot_share_is_scored_one_by_one(config, monkeypatch):
+    given = passing(build(config))
+    first = scored(given)
+    monkeypatch.setattr(collect, "_shares", lambda *_: False)
+    np.testing.assert_allclose(first.logp, scored(given).logp, atol=1e-5)
+
+
+def test_a_trial_that_differs_is_believed(monkeypatch):
+    model = build(LlamaConfig(**LLAMA))
+    given = passing(model)
+    want = scored(given).logp
+    right = collect.shared_logits
+    monkeypatch.setattr(collect, "shared_logits", lambda m, b: right(m, b).roll(1, 0))
+    np.testing.assert_allclose(scored(given).logp, want, atol=1e-5)
