@@ -55,7 +55,7 @@ def our_epoch(local: Local, rows: list[EncodedExample]) -> None:
     local.train(LocalTask(plan, NLL(), 1.0), Companions())
 
 
-def measure(shape: Shape, repeats: int = 3, batches: int = 20) -> dict[str, Any]:
+def measure(shape: Shape, repeats: int = 3, batches: int = 10) -> dict[str, Any]:
     """Seconds of both over ``batches`` batches, the speed-up (median over the pairs) and our tokens a second."""
     model = make_model(shape)
     local = make_local(model, shape, lr_scheduler_type="constant")

@@ -51,7 +51,7 @@ def test_a_composition_becomes_a_run(altered):
     assert config.data.forget is not None
     assert config.data.forget.name == "forget10"
     assert config.eval is not None
-    assert config.eval.holdout_split == "holdout10"
+    assert config.eval.holdout_split is None
     assert config.paths.output_dir.endswith("saves/unlearn/t")
 
 
@@ -262,3 +262,11 @@ def test_an_output_directory_that_is_a_file_is_refused(altered, tmp_path):
     assert "is a file" in problem
     (problem,) = preflight(from_hydra(altered(**{"paths.output_dir": str(tmp_path / "taken" / "below")})))
     assert "cannot be written to" in problem
+
+
+def test_the_holdout_follows_the_forget_split():
+    from unfed.evaluation.suites import tofu_datasets
+
+    assert tofu_datasets("forget01")["holdout"] == "holdout01"
+    assert tofu_datasets("forget05", "mine")["holdout"] == "mine"
+    assert "holdout" not in tofu_datasets("letters")

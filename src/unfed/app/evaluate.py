@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 def evaluation_rows(config: EvalConfig, data_dir: str | None) -> dict[str, list[Example]]:
     """The rows of every split of the suite. A split that cannot be had is left out, and said."""
     found: dict[str, list[Example]] = {}
-    for split, name in tofu_datasets(config.forget_split, config.holdout_split).items():
+    names = tofu_datasets(config.forget_split, config.holdout_split)
+    if "holdout" not in names:
+        say(f"evaluation: no holdout split goes with forget_split={config.forget_split}; give holdout_split=...")
+    for split, name in names.items():
         spec = DatasetSpec(path=config.path, name=name, limit=config.limit)
         try:
             found[split] = load_rows(spec, data_dir)

@@ -124,14 +124,15 @@ class GenerationConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     """An evaluation suite. ``metrics``: names of ``TOFU_SUMMARY.json``; ``limit`` keeps the first rows of
-    each split. ``max_tokens`` is the token budget of a batch; ``batch_size`` bounds its rows."""
+    each split. Without ``holdout_split``, forget10 goes with holdout10, and so on. ``max_tokens`` is the token
+    budget of a batch; ``batch_size`` bounds its rows."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
     suite: Literal["tofu"] = "tofu"
     enabled: bool = True
     path: str = "locuslab/TOFU"
     forget_split: str = "forget10"
-    holdout_split: str = "holdout10"
+    holdout_split: str | None = None
     retain_logs_path: str | None = None
     metrics: tuple[str, ...] = ()
     batch_size: int = 32
