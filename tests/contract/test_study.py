@@ -57,10 +57,12 @@ def test_verdict_in_words() -> None:
         return {"forget_Q_A_Prob": forget, "retain_Q_A_Prob": retain}
 
     known = {"finetuned": scores(0.9, 0.8), "oracle": scores(0.3, 0.8)}
-    assert "as a model that never saw them" in verdict(known | {"u": scores(0.32, 0.8)}, "u")
+    assert " forgot: the probability of the answers to forget fell from" in verdict(
+        known | {"u": scores(0.32, 0.8)}, "u"
+    )
     assert "hardly forgot" in verdict(known | {"u": scores(0.85, 0.8)}, "u")
     assert "a part" in verdict(known | {"u": scores(0.6, 0.8)}, "u")
-    assert "went further" in verdict(known | {"u": scores(0.05, 0.4)}, "u")
+    assert "more than it had to" in verdict(known | {"u": scores(0.05, 0.4)}, "u")
     assert "kept 50%" in verdict(known | {"u": scores(0.05, 0.4)}, "u")
     assert "not enough" in verdict(known | {"u": {}}, "u")
 

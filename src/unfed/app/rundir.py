@@ -52,7 +52,8 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()}"
+    threads = torch.get_num_threads()
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread(s)"
     return found
 
 

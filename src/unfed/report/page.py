@@ -90,16 +90,16 @@ def verdict(summaries: Mapping[str, Mapping[str, float]], model: str) -> str:
     before, aim, now = (summaries[m]["forget_Q_A_Prob"] for m in ("finetuned", "oracle", model))
     kept = summaries[model]["retain_Q_A_Prob"] / max(summaries["finetuned"]["retain_Q_A_Prob"], 1e-9)
     gone = (before - now) / max(before - aim, 1e-9)
+    fell = f"the probability of the answers to forget fell from {before:.2f} to {now:.2f}"
     if gone >= 1.05:
-        how = "went further than a model that never saw the rows (below the oracle: that, too, can be noticed)"
+        what = f"forgot more than it had to: {fell}, below the oracle's {aim:.2f}, which can be noticed too"
     elif gone >= 0.8:
-        how = "answers the forgotten questions about as a model that never saw them"
+        what = f"forgot: {fell}; the oracle, which never saw them, has {aim:.2f}"
     elif gone >= 0.3:
-        how = "forgot a part"
+        what = f"forgot a part: {fell}; the oracle has {aim:.2f}"
     else:
-        how = "hardly forgot"
-    numbers = f"probability {before:.2f} → {now:.2f}, oracle {aim:.2f}"
-    return f"{model} {how} ({numbers}) and kept {kept:.0%} of the retain probability."
+        what = f"hardly forgot: {before:.2f} before, {now:.2f} now is its probability of the answers to forget"
+    return f"{model} {what}. It kept {kept:.0%} of the retain probability."
 
 
 def write_report(path: Path, report: StudyReport) -> None:
