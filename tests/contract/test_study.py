@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from unfed.app import study as study_module
+from unfed.app.rundir import plain
 from unfed.app.tiny_base import tiny_base
+from unfed.base.artifacts import write_json
 from unfed.cli import study
+from unfed.config.schema import RunConfig
 from unfed.report.page import verdict
 
 
@@ -64,6 +68,8 @@ def test_verdict_in_words() -> None:
     assert "a part" in verdict(known | {"u": scores(0.6, 0.8)}, "u")
     assert "more than it had to" in verdict(known | {"u": scores(0.05, 0.4)}, "u")
     assert "kept 50%" in verdict(known | {"u": scores(0.05, 0.4)}, "u")
+    level = {"finetuned": scores(0.2, 0.8), "oracle": scores(0.2, 0.8), "u": scores(0.199, 0.8)}
+    assert "next to nothing to forget" in verdict(level, "u")
     assert "not enough" in verdict(known | {"u": {}}, "u")
 
 
@@ -71,3 +77,30 @@ def test_a_wrong_override_builds_nothing(tmp_path: Path, capsys: pytest.CaptureF
     assert study.quickstart(["--directory", str(tmp_path / "q"), "trainer.args.learning_rat=1"]) == 2
     assert "learning_rate" in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
+
+
+def test_a_stage_that_ran_anew_makes_the_later_ones_run_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An evaluation's own configuration does not name what the fine-tuning was."""
+    ran: list[str] = []
+
+    def pretend(config: RunConfig) -> None:
+        place = Path(config.paths.output_dir)
+        ran.append(place.name)
+        write_json(place / "run.json", {"status": "finished", "config": plain(config)})
+
+    monkeypatch.setattr(study_module, "run", pretend)
+
+    def stages(rate: float) -> list[str]:
+        ran.clear()
+        configs = study._configs(study.REAL, tmp_path, "base", [f"trainer.args.learning_rate={rate}"])
+        made = study_module.Study(
+            title="", command="", directory=tmp_path, keep=True, base=configs["base"], finetune=configs["finetune"],
+            oracle=configs["oracle"], unlearn={"NPO": configs["NPO"]},
+        )  # fmt: skip
+        study_module.run_stages(made)
+        return list(ran)
+
+    everything = ["finetune", "oracle", "eval_base", "eval_finetuned", "unlearn_NPO"]
+    assert stages(1e-3) == everything
+    assert stages(1e-3) == []
+    assert stages(2e-3) == everything

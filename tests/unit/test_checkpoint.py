@@ -131,6 +131,17 @@ def test_all_damaged_is_none(tmp_path):
     assert found.latest() is None
 
 
+def test_rounds_that_cannot_be_read_do_not_push_out_new_ones(tmp_path):
+    filled(tmp_path, rounds=5, keep=2)
+    for directory in (tmp_path / "checkpoints").iterdir():
+        (directory / "state.json").write_text("{}")
+    found = Checkpoints(tmp_path, CONFIG, 2)
+    assert found.latest() is None and found.exist()
+    found.save(state(1), [record(0)])
+    assert [d.name for d in (tmp_path / "checkpoints").iterdir()] == ["round_00001"]
+    assert found.latest()[0].round == 1
+
+
 def test_what_was_left_half_written_is_no_checkpoint(tmp_path):
     found = filled(tmp_path)
     half = tmp_path / "checkpoints" / ".round_00004.abc.part"

@@ -209,6 +209,15 @@ def test_retain_logs_of_others_are_refused(
     with pytest.raises(ArtifactError, match="the answer of row 0 is"):
         theirs.check_split([r["answer"] for r in shifted], "sha256:unknown")
 
+    leak = suite("privleak", "forget_Q_A_Prob")
+    held = evaluate(model, tokenizer, TEMPLATE, leak, {"forget": forget, "holdout": other}).retain_logs()
+    with pytest.raises(ArtifactError, match="another holdout split"):
+        evaluate(model, tokenizer, TEMPLATE, leak, {"forget": forget, "holdout": other[:4]}, held)
+    without = evaluate(model, tokenizer, TEMPLATE, leak, {"forget": forget}).retain_logs()
+    found = evaluate(model, tokenizer, TEMPLATE, leak, {"forget": forget}, without)  # no holdout here either
+    assert found.scores["forget_Q_A_Prob"].value is not None
+    assert "no rows for holdout" in str(found.scores["privleak"].why)
+
     file = tmp_path / "TOFU_EVAL.json"
     file.write_text(json.dumps({"forget_Q_A_Prob": {"agg_value": 0.5}}))
     lacking = load_retain_logs(file)

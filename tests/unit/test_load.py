@@ -328,3 +328,26 @@ def test_a_gguf_file_trains_an_adapter():
     loss.backward()
     assert 0 < loss.item() < 6
     assert all(p.grad is not None for p in trainable_parameters(loaded.model).values())
+
+
+def test_an_adapter_opened_on_another_base_names_that_base_when_saved(adapter, small_base, tmp_path):
+    moved = Path(shutil.copytree(small_base, tmp_path / "moved"))
+    for opened in (load(adapter, base_model_name_or_path=str(moved)), load(moved, lora_model_path=str(adapter))):
+        save_adapter(opened.model, snapshot(opened.model), tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == str(moved) == opened.base
+        shutil.rmtree(tmp_path / "saved")
+
+
+def test_weights_of_the_base_inside_an_adapter_are_refused(adapter_copy):
+    file = adapter_copy / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.model.embed_tokens.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(AdapterError, match=r"embed_tokens|size mismatch"):
+        load(adapter_copy)
+
+
+def test_one_target_module_by_its_name(small_base):
+    opened = load(small_base, lora_config=LoraArgs(r=2, target_modules="q_proj"))
+    assert {n.split(".")[-3] for n in live_tensors(opened.model)} == {"q_proj"}
+    with pytest.raises(AdapterError, match="has no q_prj"):
+        load(small_base, lora_config=LoraArgs(r=2, target_modules="q_prj"))

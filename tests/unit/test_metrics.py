@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from unfed.metrics import membership, memorization, overlap, probability, summary
 from unfed.metrics.stats import Score, TokenStats, from_rows
@@ -126,14 +126,14 @@ def test_memorisation_leaves_the_last_token_out() -> None:
 
 def test_attacks() -> None:
     s = stats([-1, -2, -3, -4, -5, -9], [-6, -1], moments=True)
-    np.testing.assert_allclose(membership.loss(s, ["a", "b"]), [4, 3.5])
+    np.testing.assert_allclose(membership.loss(s), [4, 3.5])
     text = "zé" * 40
     np.testing.assert_allclose(membership.zlib_ratio(s, [text, "b"])[0], 4 / len(zlib.compress(text.encode())))
     # L' = 5 and 1: int(0.4 * 5) = 2 lowest, and at least one.
-    np.testing.assert_allclose(membership.min_k(s, []), [4.5, 6])
-    np.testing.assert_allclose(membership.min_k_plus_plus(s, []), [-(-4 - 6) / 2, 8])
+    np.testing.assert_allclose(membership.min_k(s), [4.5, 6])
+    np.testing.assert_allclose(membership.min_k_plus_plus(s), [-(-4 - 6) / 2, 8])
     with pytest.raises(ValueError, match="mean and variance"):
-        membership.min_k_plus_plus(stats([-1.0]), [])
+        membership.min_k_plus_plus(stats([-1.0]))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.lists(st.integers(0, 6), min_size=1, max_size=12))
@@ -141,6 +141,40 @@ def test_auc_equals_sklearn(forget: list[int], holdout: list[int]) -> None:
     got = membership.auc(np.array(forget, float), np.array(holdout, float))
     want = roc_auc_score([0] * len(forget) + [1] * len(holdout), [*forget, *holdout])
     assert got == pytest.approx(want, abs=1e-12)
+
+
+def test_the_reference_attack_subtracts() -> None:
+    got = membership.reference(stats([-1.0, -3.0], [-2.0]), stats([-4.0, -4.0], [-1.5]))
+    np.testing.assert_allclose(got, [2 - 4, 2 - 1.5])
+
+
+def test_true_positives_at_one_percent() -> None:
+    holdout = np.arange(200.0)  # 1 % of 200: two false positives, 0 and 1; the threshold lies just below 2
+    assert membership.true_positive_rate(np.array([-1.0, 1.0, 1.9, 2.0]), holdout) == 0.75
+    assert membership.true_positive_rate(np.array([0.5, 1.0]), np.array([1.0, 3.0])) == 0.5  # none allowed
+
+
+@given(
+    st.lists(st.integers(0, 8), min_size=1, max_size=30),
+    st.lists(st.integers(0, 8), min_size=1, max_size=30),
+    st.sampled_from([0.01, 0.2, 0.5]),
+)
+def test_true_positives_equal_sklearns_curve(forget: list[int], holdout: list[int], rate: float) -> None:
+    scores = -np.array([*forget, *holdout], float)
+    fpr, tpr, _ = roc_curve([1] * len(forget) + [0] * len(holdout), scores, drop_intermediate=False)
+    got = membership.true_positive_rate(np.array(forget, float), np.array(holdout, float), rate)
+    assert got == pytest.approx(tpr[fpr <= rate].max())
+
+
+def test_memorisation_and_privacy_by_hand() -> None:
+    parts = {"extraction_strength": Score(0.5), "exact_memorization": Score(0.75), "forget_Q_A_PARA_Prob": Score(0.5)}
+    assert summary.memorisation(parts, 0.75).value == pytest.approx(4 / (2 + 4 + 2 + 4))
+    assert "truth ratio" in (summary.memorisation(parts, None).why or "")
+    attacks = dict.fromkeys(summary.PRIVACY_PARTS, Score(0.5))
+    references = dict(zip(summary.PRIVACY_PARTS, (0.5, 0.25, 0.8, 0.5), strict=True))
+    # 1 - |0.5 - 0.25| / 0.75 = 2/3 and 1 - 0.3 / 0.8 = 5/8
+    assert summary.privacy(attacks, references).value == pytest.approx(4 / (1 + 3 / 2 + 8 / 5 + 1))
+    assert summary.privacy(attacks | {"mia_zlib": Score(None, why="x")}, references).value is None
 
 
 def test_attack_score_and_privleak() -> None:

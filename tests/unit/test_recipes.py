@@ -53,7 +53,7 @@ def test_interleaved_spreads_the_epochs_and_each_client_does_one_thing():
     assert phase.rounds == 3 and phase.rule == "aggregate"
     assert dict(phase.work) == {
         "client_0": Work("train", NLL(), 2.0),
-        "client_1": Work("forget", NPO(), 2.0),
+        "client_1": Work("forget", NPO(), 2.0, spread=True),
         "client_2": Work("train", NLL(), 2.0),
     }
     assert list(phase.work) == ["client_0", "client_1", "client_2"]
@@ -108,6 +108,19 @@ def test_who_takes_part_depends_on_seed_and_round():
     assert rounds == [tuple(half.select(clients, 0, r)) for r in range(20)]
     assert len(set(rounds)) > 15 and {c for r in rounds for c in r} == set(clients)
     assert tuple(half.select(clients, 1, 0)) != rounds[0]
+
+
+def test_clients_that_unlearn_take_part_in_every_round():
+    clients = [f"client_{i}" for i in range(6)]
+    half = Participation(0.5, 1)
+    for round_ in range(20):
+        chosen = half.select(clients, 0, round_, ["client_4"])
+        assert len(chosen) == 3 and "client_4" in chosen and chosen == sorted(chosen)
+    assert len({tuple(half.select(clients, 0, r, ["client_4"])) for r in range(20)}) > 3
+    assert half.select(clients, 0, 0, clients[:5]) == clients[:5], "all targets, though they are more than half"
+    for recipe in RECIPES.values():
+        schedule = recipe(given(targets=["client_1", "client_2"]))
+        assert schedule.phases[0].always == ("client_1", "client_2")
 
 
 def test_too_few_survivors():

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -158,12 +157,43 @@ def test_a_torn_lock_is_taken_over(config, content):
     finish(config)
 
 
-def test_a_lock_that_is_just_being_written_is_waited_for(tmp_path):
-    lock = tmp_path / LOCK_NAME
-    lock.write_text("")
-    threading.Timer(0.3, lambda: lock_of(tmp_path, os.getppid())).start()
-    with pytest.raises(ArtifactError, match="in use"), run_lock(tmp_path):
-        pass
+def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path):
+    lock_of(tmp_path, dead_pid())
+    code = """
+import sys, time
+from pathlib import Path
+from unfed.base.artifacts import run_lock
+from unfed.base.errors import ArtifactError
+try:
+    with run_lock(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(5)
+except ArtifactError:
+    print("refused", flush=True)
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [p.stdout.readline().strip() for p in started]
+    for p in started:
+        p.kill()
+        p.communicate()
+    assert sorted(said) == ["held", "refused", "refused", "refused"]
+
+
+def test_a_lock_goes_with_its_directory_and_takes_no_other_along(tmp_path):
+    with run_lock(tmp_path):
+        lock_of(tmp_path, os.getppid())  # the directory was set aside and another run began in its place
+    assert (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_failed_run_leaves_what_was_there(config):
+    out(config).mkdir(parents=True)
+    (out(config) / "notes.log").write_text("mine")
+    with pytest.raises(UnfedError, match="boom"), open_run(config):
+        raise UnfedError("boom")
+    assert [f.name for f in out(config).iterdir()] == ["notes.log"]
 
 
 def test_leftovers_of_a_killed_process_are_removed(config):

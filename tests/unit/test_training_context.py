@@ -178,3 +178,21 @@ def test_reference_logps_have_the_precision_of_the_policys(small_local, small_ex
         with local.accelerator.autocast():
             rounded = direct_logps(local.model, batch)
     assert gaps[0] < 0.1 * float((exact - rounded).abs().max())
+
+
+def test_kl_under_autocast_compares_with_the_earlier_weights(small_local, small_examples):
+    """Autocast keeps 16-bit copies of the adapter, which must not outlive a swap of its values, in either direction."""
+    local = small_local(dropout=0.0, bf16=True)
+    old = snapshot(local.model)
+    restore(local.model, noise(old, 3))
+    local.model.train()
+    batches = {s: local.collation.batch(small_examples[i : i + 3]) for s, i in (("forget", 0), ("retain", 6))}
+    with local.accelerator.autocast():
+        ctx = context(local, batches, Companions(Reference(local.model, old)))
+        before = ctx.nll("forget")  # fills the cache with the policy's weights
+        kl = ctx.kl("retain")
+        after = context(local, batches).nll("forget")
+    assert float(kl) > 1e-3
+    assert float(after) == pytest.approx(float(before))
+    kl.backward()
+    assert sum(float(p.grad.abs().sum()) for p in trainable_parameters(local.model).values() if p.grad is not None) > 0

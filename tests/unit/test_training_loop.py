@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,16 +15,19 @@ from unfed.models.generate import inference
 from unfed.objectives.nll import NLL
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Companions
-from unfed.training.loop import LocalTask, Window, mean_nll
+from unfed.training.extent import Extent, Part, Window
+from unfed.training.loop import LocalTask, mean_nll
 
 
-def task(local, examples, *, epochs=1.0, window=None, objective=None, path=("fit", 0, "c"), on_step=None) -> LocalTask:
+def task(
+    local, examples, *, epochs=1.0, window=None, objective=None, path=("fit", 0, "c"), on_step=None, part=None
+) -> LocalTask:
     a = local.args
     plan = BatchPlan(
         TrainRows({"train": list(examples)}), "train", frozenset({"train"}), a.per_device_train_batch_size,
         a.gradient_accumulation_steps, path, a.dataloader_num_workers,
     )  # fmt: skip
-    return LocalTask(plan, objective or NLL(), epochs, window or Window(), on_step)
+    return LocalTask(plan, objective or NLL(), epochs, window or Window(), on_step, part or Part())
 
 
 def train(local, examples, **given):
@@ -127,7 +131,7 @@ def test_gradients_are_clipped_over_the_whole_model(small_local, small_examples)
 
 def test_weight_decay_spares_vectors(small_local):
     local = small_local(lora=False, weight_decay=0.3)
-    optimizer, _ = local._optimizer(1, 1, Window())
+    optimizer, _ = local._optimizer(Extent(1, 0), 1)
     decayed = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert len(decayed) == len(trainable_parameters(local.model))
     for name, parameter in trainable_parameters(local.model).items():
@@ -135,10 +139,10 @@ def test_weight_decay_spares_vectors(small_local):
 
 
 def test_optimizer_arguments_reach_the_optimizer(small_local):
-    optimizer, _ = small_local(adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3)._optimizer(1, 1, Window())
+    optimizer, _ = small_local(adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3)._optimizer(Extent(1, 0), 1)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["betas"] == (0.5, 0.6) and optimizer.defaults["eps"] == 1e-3
-    assert isinstance(small_local(optim="sgd")._optimizer(1, 1, Window())[0], torch.optim.SGD)
+    assert isinstance(small_local(optim="sgd")._optimizer(Extent(1, 0), 1)[0], torch.optim.SGD)
 
 
 @pytest.mark.parametrize(
@@ -240,3 +244,37 @@ def test_no_optimizer_is_kept_from_one_client_to_the_next(small_local, small_exa
     for _ in range(3):
         train(local, small_examples[:4])
     assert local.accelerator._optimizers == []
+
+
+def test_parts_of_a_run_take_its_steps_in_order(small_local, small_examples):
+    """18 rows in batches of 4 are 5 steps an epoch; 2 epochs over 4 rounds are 10 steps: 2, 3, 2, 3."""
+
+    def seen(local, parts, epochs):
+        rows = []
+        original = local._step
+
+        def spy(step, *args, **given):
+            rows.append(tuple(i for b in step.micro for i in b["train"].example_ids))
+            return original(step, *args, **given)
+
+        local._step = spy
+        counts = [
+            local.train(dataclasses.replace(task(local, small_examples, epochs=epochs), part=p), Companions()).steps
+            for p in parts
+        ]
+        return counts, rows
+
+    whole = seen(small_local(), [Part()], 2.0)
+    dealt = seen(small_local(), [Part(i, 4) for i in range(4)], 0.5)
+    assert whole[0] == [10] and dealt[0] == [2, 3, 2, 3]
+    assert dealt[1] == whole[1]
+    assert seen(small_local(), [Part(i, 7) for i in range(7)], 0.1)[0] == [1] * 7, "a step at least in each"
+
+
+def test_parts_of_a_run_share_one_learning_rate_schedule(small_local, small_examples):
+    whole = rates(small_local(), small_examples, epochs=2.0)
+    local = small_local()
+    parts = [
+        r for i in range(4) for r in rates(local, small_examples, epochs=0.5, window=Window(i, 4), part=Part(i, 4))
+    ]
+    assert parts == pytest.approx(whole)

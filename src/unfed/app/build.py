@@ -9,6 +9,7 @@ from typing import Any
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
+from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import ConfigError, DataError, UnfedError
@@ -139,6 +140,11 @@ def settle_partition(config: RunConfig, rows: Rows) -> tuple[Partition, str]:
         target_client_idx=0 if target == "all" else target,
     )
     forget = {e["id"] for e in rows.forget} & {e["id"] for e in everything}
+    if spec.scheme == "target" and len(forget) < len(rows.forget):
+        say(
+            f"partition: {len(rows.forget) - len(forget)} of {len(rows.forget)} forget rows are not in the training "
+            "data, so no client will own them (data.forget, data.train)"
+        )
     if spec.scheme == "target" and not forget:
         spec = PartitionSpec(scheme=spec.rest, alpha=spec.alpha)
     made = make_partition(everything, asked or DEFAULT_CLIENTS, spec, forget, config.seed)

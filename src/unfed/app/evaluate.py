@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from peft import PeftModel
+from torch import nn
+
 from unfed.app.progress import console, say
-from unfed.base.errors import DataError
+from unfed.base.errors import ConfigError, DataError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
 from unfed.data.datasets import DatasetSpec, data_digest, load_rows
@@ -16,7 +21,8 @@ from unfed.evaluation.runner import EvalResult, evaluate, write_results
 from unfed.evaluation.suites import SuiteConfig, tofu_datasets
 from unfed.models.adapter import snapshot
 from unfed.models.generate import Budget, Decoding
-from unfed.models.load import LoadedModel
+from unfed.models.load import LoadedModel, fingerprint, load_model
+from unfed.models.spec import TokenizerArgs
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +59,23 @@ def suite_of(config: EvalConfig) -> SuiteConfig:
     )
 
 
+def _reference(config: RunConfig, loaded: LoadedModel) -> Callable[[], AbstractContextManager[nn.Module]] | None:
+    """Opens ``eval.reference_model_path`` when it is needed, and lets go of it afterwards."""
+    path = config.eval.reference_model_path if config.eval else None
+    if path is None:
+        return None
+    args = replace(config.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None, use_lora=False)
+
+    @contextmanager
+    def opened() -> Iterator[nn.Module]:
+        found = load_model(args, TokenizerArgs(), trainable=False)
+        if found.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise ConfigError([f"eval.reference_model_path={path}: its tokenizer is another one than the model's"])
+        yield found.model
+
+    return opened
+
+
 def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> EvalResult:
     """Score ``loaded`` and write TOFU_EVAL.json and TOFU_SUMMARY.json into ``directory``."""
     assert config.eval is not None
@@ -63,9 +86,13 @@ def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> E
         def progress(what: str, done: int, total: int) -> None:
             status.update(f"evaluating {what}: {done}/{total}")
 
-        suite = replace(suite_of(config.eval), progress=progress)
+        suite = replace(suite_of(config.eval), progress=progress, reference=_reference(config, loaded))
         result = evaluate(loaded.model, loaded.tokenizer, config.model.template_args, suite, rows, logs)
-    digests = {"adapter": snapshot(loaded.model).digest(), "base": loaded.fingerprint}
+    digests = {"base": loaded.fingerprint}
+    if isinstance(loaded.model, PeftModel):
+        digests["adapter"] = snapshot(loaded.model).digest()
+    else:  # of a whole model, a copy to hash would cost as much memory again
+        digests["model"] = fingerprint(loaded.model)
     digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
     write_results(result, directory, digests)
     return result

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from unfed.aggregation.lora import EXACT_LIMIT
 from unfed.app import build
 from unfed.config.schema import RunConfig
 from unfed.models.adapter import live_tensors, trainable_parameters
@@ -76,7 +77,8 @@ def plan(config: RunConfig) -> Plan:
         "base weights": float(total * dtype.itemsize),
         "adapter, gradients, AdamW": float(trained * (adapter_width * 2 + 8)),
         "reference adapter": float(adapter) if _needs_reference(config) else 0.0,
-        "server: mean, update, checkpoint": float(3 * adapter),
+        # The aggregation error is exact for up to that many clients, and keeps their adapters until the round's end.
+        "server: mean, update, checkpoint": float((3 + (clients if clients <= EXACT_LIMIT else 0)) * adapter),
         "activations and logits": activations,
     }
     return Plan(total, trained, adapter, clients, rounds, 2 * adapter * clients, memory)
@@ -87,8 +89,7 @@ def _with_adapter(base: PreTrainedModel, lora: LoraArgs, adapter: str | None) ->
         shape = LoraConfig.from_pretrained(adapter)
         shape.inference_mode = False
     else:
-        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-        shape = LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=targets, bias=lora.bias)
+        shape = LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.targets(), bias=lora.bias)
     with torch.device("meta"):
         return get_peft_model(base, shape)
 

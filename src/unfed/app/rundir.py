@@ -95,6 +95,7 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
     path = Path(config.paths.output_dir)
     _not_its_own_input(config, path)
     aside = None if config.resume else _set_aside(path, overwrite=config.overwrite)
+    there = set(path.iterdir()) if path.is_dir() else None
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -110,20 +111,24 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
             with contextlib.suppress(UnfedError):
                 run.note(status="failed", ended=_now(), error=f"{type(e).__name__}: {e}")
             if isinstance(e, UnfedError) and not config.resume:
-                _undo(path, aside)
+                _undo(path, there, aside)
             raise
         run.note(status="finished", ended=_now())
 
 
-def _undo(path: Path, aside: Path | None) -> None:
-    """Remove a run that made nothing but its record, and put back the one that was set aside for it."""
-    records = [f for f in path.iterdir() if f.name in {RUN_FILE, PARTITION_FILE, LOCK_NAME} or f.suffix == ".log"]
-    if len(records) < len(list(path.iterdir())):
+def _undo(path: Path, there: set[Path] | None, aside: Path | None) -> None:
+    """Remove a run that made nothing but its record, and put back the one that was set aside for it.
+
+    ``there``: what the directory held before (``None``: it did not exist), which stays.
+    """
+    made = [f for f in path.iterdir() if f not in (there or ())]
+    if any(f.name not in {RUN_FILE, PARTITION_FILE, LOCK_NAME} and f.suffix != ".log" for f in made):
         return
     with contextlib.suppress(OSError):  # the message matters more than a directory that cannot be removed
-        for file in records:
+        for file in made:
             file.unlink()
-        path.rmdir()
+        if there is None:
+            path.rmdir()
         if aside is not None:
             aside.rename(path)
 
@@ -152,20 +157,20 @@ def _set_aside(path: Path, *, overwrite: bool) -> Path | None:
     status = run_status(path)
     if status is None:
         return None
-    with run_lock(path):
-        pass  # refuses while another process works there
-    if status != "finished" and not overwrite and Checkpoints(path, {}).exist():
-        raise UnfedError(
-            f"{path} holds a run that was cut short: resume=true goes on from its last round, overwrite=true sets it "
-            "aside and starts afresh"
-        )
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    try:
-        path.rename(aside)
-    except OSError as e:
-        raise ArtifactError(f"cannot set {path} aside: {e.strerror or e}") from e
+    with run_lock(path):  # refuses while another process works there
+        if status != "finished" and not overwrite and Checkpoints(path, {}).exist():
+            raise UnfedError(
+                f"{path} holds a run that was cut short: resume=true goes on from its last round, overwrite=true sets "
+                "it aside and starts afresh"
+            )
+        number = 1
+        while (aside := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        try:
+            path.rename(aside)
+        except OSError as e:
+            raise ArtifactError(f"cannot set {path} aside: {e.strerror or e}") from e
+        (aside / LOCK_NAME).unlink(missing_ok=True)
     return aside
 
 

@@ -152,7 +152,7 @@ def train(config: RunConfig) -> RunResult:
                 raise
             finally:
                 reporter.close()
-        warnings = _warnings(schedule, client, keeper.records)
+        warnings = [*_warnings(schedule, client, keeper.records), *_left_out(schedule, keeper.records)]
         _save(directory, loaded, local, state, clients)
         directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
         result = _evaluate_after(config, loaded, directory)
@@ -173,7 +173,8 @@ def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> 
     found = checkpoints.latest() if config.resume else None
     if found is None:
         if config.resume:
-            say("resume=true: no round was finished yet, starting with the first")
+            lost = "no checkpoint can be read" if checkpoints.exist() else "no round was finished yet"
+            say(f"resume=true: {lost}, starting with the first round")
         return fresh, RunKeeper(checkpoints=checkpoints)
     state, records = found
     say(f"resuming after round {state.round}")
@@ -232,6 +233,18 @@ def _warnings(schedule: Schedule, client: Client, records: list[RoundRecord]) ->
             found.append(advice.did_not_move(phase.name, path[0], path[-1]))
     for sentence in found:
         say(f"WARNING: {sentence}")
+    return found
+
+
+def _left_out(schedule: Schedule, records: list[RoundRecord]) -> list[str]:
+    """Clients that should have unlearned, and of whom no round of a phase has a usable update."""
+    found = []
+    for phase in schedule.phases:
+        heard = {c for r in records if r.phase == phase.name for c in r.clients}
+        reasons = {c: why for r in records if r.phase == phase.name for c, why in r.failures.items()}
+        for name in (c for c in phase.always if c not in heard):
+            found.append(f"{name} did not unlearn in phase {phase.name}: {reasons.get(name, 'it returned no update')}")
+            say(f"WARNING: {found[-1]}")
     return found
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -41,11 +42,7 @@ class Study:
 
 def run_study(study: Study) -> Mapping[str, Mapping[str, float]]:
     """Run every stage, print the table and two example answers, write ``summary.json`` and ``report.html``."""
-    if not study.keep:
-        _clear(study)
-    stages = _stages(study)
-    for name, config in stages.items():
-        _stage(name, config, keep=study.keep)
+    stages = run_stages(study)
     places = {name: Path(c.paths.output_dir) for name, c in stages.items()}
     models = {"base": places["base"], "finetuned": places["finetuned"], "oracle": places["oracle"]}
     models |= {name: places[name] for name in study.unlearn}
@@ -64,6 +61,18 @@ def run_study(study: Study) -> Mapping[str, Mapping[str, float]]:
     _show(report, list(study.unlearn))
     say(f"\nreport: {study.directory / 'report.html'}    numbers: {study.directory / 'summary.json'}")
     return summaries
+
+
+def run_stages(study: Study) -> dict[str, RunConfig]:
+    """Run every stage that is not kept, in order; the stages."""
+    if not study.keep:
+        _clear(study)
+    stages = _stages(study)
+    keep = study.keep
+    for name, config in stages.items():
+        # A stage that ran anew changes what the later ones look at: the adapter, the oracle's log.
+        keep = _stage(name, config, keep=keep)
+    return stages
 
 
 def _stages(study: Study) -> dict[str, RunConfig]:
@@ -96,13 +105,21 @@ def _evaluation_of(study: Study) -> RunConfig:
     return dataclasses.replace(study.base, task_name="eval_finetuned", paths=paths, model=model)
 
 
-def _stage(name: str, config: RunConfig, *, keep: bool) -> None:
+def _stage(name: str, config: RunConfig, *, keep: bool) -> bool:
+    """Run a stage, or keep it where it was done with the same configuration; whether it was kept."""
     place = Path(config.paths.output_dir)
-    if keep and run_status(place) == "finished" and read_json(place / RUN_FILE).get("config") == plain(config):
+    done = read_json(place / RUN_FILE).get("config") if keep and run_status(place) == "finished" else None
+    if done is not None and _lasting(done) == _lasting(plain(config)):
         say(f"\n== {name}: done before, kept ({place})")
-        return
+        return True
     say(f"\n== {name}")
     run(config)
+    return False
+
+
+def _lasting(config: Any) -> Any:
+    """A configuration without what only says how to start."""
+    return {k: v for k, v in config.items() if k not in {"resume", "overwrite"}} if isinstance(config, dict) else config
 
 
 def _clear(study: Study) -> None:

@@ -149,42 +149,53 @@ def run_lock(directory: Path) -> Iterator[None]:
     """
     lock = directory / LOCK_NAME
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-    while True:
-        try:
-            fd = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            break
-        except FileExistsError:
-            _take_over_or_refuse(lock, owner)
-        except OSError as e:
-            raise ArtifactError(f"cannot write to {directory}: {e.strerror or e}") from e
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            json.dump(owner, f)
+        with _one_at_a_time(directory):
+            if lock.exists():
+                _refuse_if_held(lock, owner)
+            # Not atomic_path: a directory that is full or read-only should say so here, in its own words.
+            fd = os.open(lock, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+            with os.fdopen(fd, "w", encoding="utf-8") as f:
+                json.dump(owner, f)
     except OSError as e:
-        lock.unlink(missing_ok=True)
         raise ArtifactError(f"cannot write to {directory}: {e.strerror or e}") from e
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        # Only our own: the directory may have been renamed meanwhile, and another run begun in its place.
+        if _owner(lock) == owner:
+            lock.unlink(missing_ok=True)
 
 
-def _take_over_or_refuse(lock: Path, owner: Mapping[str, Any]) -> None:
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Between looking at a lock and writing one's own, nobody else may do the same (where the system can see to it)."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _owner(lock: Path) -> dict[str, Any] | None:
+    """What a lock file says; ``None`` for one that is gone or was torn by a crash."""
     try:
         held = json.loads(lock.read_text(encoding="utf-8"))
-        pid, host, since = int(held["pid"]), str(held["host"]), float(held["since"])
+        return {"pid": int(held["pid"]), "host": str(held["host"]), "since": float(held["since"])}
     except (OSError, ValueError, KeyError, TypeError):
-        # Written a moment ago by a process that has not filled it in, or left torn by a crash.
-        if lock.exists() and time.time() - lock.stat().st_mtime < 2:
-            time.sleep(0.1)
-            return
-        lock.unlink(missing_ok=True)
+        return None
+
+
+def _refuse_if_held(lock: Path, owner: Mapping[str, Any]) -> None:
+    held = _owner(lock)
+    if held is None or (held["host"] == owner["host"] and (held["pid"] == owner["pid"] or not _alive(held["pid"]))):
         return
-    if host == owner["host"] and (pid == owner["pid"] or not _alive(pid)):
-        lock.unlink(missing_ok=True)
-        return
-    age = int(time.time() - since)
+    age = int(time.time() - held["since"])
     raise ArtifactError(
-        f"{lock.parent} is in use by process {pid} on {host} for {age} s. "
+        f"{lock.parent} is in use by process {held['pid']} on {held['host']} for {age} s. "
         f"Wait for it, choose another task_name, or delete {lock.name} there if that process is gone."
     )

@@ -25,7 +25,7 @@ def guarded(command: Callable[[], int]) -> int:
         print(f"error: {e}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; resume=true goes on from the last finished round", file=sys.stderr)
+        print("interrupted; a training run goes on from its last finished round with resume=true", file=sys.stderr)
         return INTERRUPTED
 
 

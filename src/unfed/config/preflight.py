@@ -9,7 +9,7 @@ from pathlib import Path
 from unfed.base.errors import DataError, UnfedError
 from unfed.config.checks import datasets
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
-from unfed.models.source import resolve_source
+from unfed.models.source import path_problem, resolve_source
 
 
 def preflight(config: RunConfig) -> list[str]:
@@ -23,6 +23,12 @@ def _model_files(config: RunConfig) -> Iterator[str]:
         resolve_source(args, config.model.tokenizer_args)
     except UnfedError as e:
         yield str(e)
+
+
+def _reference_model(config: RunConfig) -> Iterator[str]:
+    path = config.eval.reference_model_path if config.eval is not None and config.eval.enabled else None
+    if path is not None and (problem := path_problem(path)) is not None:
+        yield f"eval.reference_model_path={path}: {problem}"
 
 
 def _data_files(config: RunConfig) -> Iterator[str]:
@@ -81,6 +87,7 @@ def _output(config: RunConfig) -> Iterator[str]:
 
 PREFLIGHT: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_files,
+    _reference_model,
     _data_files,
     _other_files,
     _manifest,

@@ -134,6 +134,7 @@ class EvalConfig:
     forget_split: str = "forget10"
     holdout_split: str | None = None
     retain_logs_path: str | None = None
+    reference_model_path: str | None = None
     metrics: tuple[str, ...] = ()
     batch_size: int = 32
     max_tokens: int = 4096

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from unfed.base.errors import DataError
-from unfed.base.types import IGNORE_INDEX, Batch, Example
-from unfed.data.chat import EncodedExample, Template, encode_pairs, encode_prompts
-from unfed.data.collate import collate, collate_shared, shared_prefix, shared_width
+from unfed.base.types import Example
+from unfed.data.chat import EncodedExample, encode_pairs, encode_prompts
+from unfed.evaluation.gradients import gradient_norms
+from unfed.evaluation.scoring import Column, Pass, score
 from unfed.metrics.probability import avg_loss
 from unfed.metrics.stats import Array, TokenStats
-from unfed.models.forward import label_logps, labelled_logits, shared_logits
-from unfed.models.generate import Budget, Decoding, Progress, generate, inference, pad_id
-
-log = logging.getLogger(__name__)
-
-SHARING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Mean difference (nats a token) that rounding may make between an answer scored alone and beside others; 0.1 for
-the shorter types."""
-
-_CHUNK_VALUES = 1 << 21
-"""Logits handled at once in float32: 8 MiB for each of three arrays."""
-
-Column = tuple[str, str]
-"""A split and a column of it: ``("forget", "perturbed_answer")``."""
+from unfed.models.generate import generate, inference, pad_id
 
 
 @dataclass(frozen=True)
@@ -38,7 +22,8 @@ class Answers:
     """The scored answers of one column.
 
     ``counts`` ``(rows,)`` says how many answers belong to each row; ``listed`` that the data holds a list
-    there. ``cut`` counts the answers that ``max_length`` shortened.
+    there. ``cut`` counts the answers that ``max_length`` shortened. ``reference`` and ``gradient_norms`` are there
+    where they were asked for (and a reference model exists).
     """
 
     stats: TokenStats
@@ -46,6 +31,8 @@ class Answers:
     counts: Array
     listed: bool
     cut: int
+    reference: TokenStats | None = None
+    gradient_norms: Array | None = None
 
     @property
     def losses(self) -> Array:
@@ -60,10 +47,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Generations:
-    """Prompts (as text), true answers and generated answers of one split, in the order of rows."""
+    """Prompts (as text) and generated answers of one split, in the order of rows.
+
+    ``answers``: by column, what the generations are compared with; a text for each row, or a list of texts.
+    """
 
     prompts: tuple[str, ...]
-    answers: tuple[str, ...]
+    answers: Mapping[str, tuple[str | Sequence[str], ...]]
     texts: tuple[str, ...]
 
 
@@ -74,30 +64,6 @@ class Evidence:
     answers: Mapping[Column, Answers]
     generations: Mapping[str, Generations]
     missing: Mapping[Column, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The model to look at and how: its tokenizer, template, batches, decoding.
-
-    ``details``: columns for which more than the labels' log-probabilities is wanted (see :func:`score`).
-    ``mask_pad_ids``: hide every padding id from attention, as OpenUnlearning does, not the padding alone.
-    """
-
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
-    budget: Budget = Budget()
-    decoding: Decoding = Decoding()
-    max_length: int | None = 512
-    mask_pad_ids: bool = False
-    details: frozenset[Column] = frozenset()
-    progress: Progress | None = None
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        """Report progress, if anybody listens."""
-        if self.progress is not None:
-            self.progress(what, done, total)
 
 
 def column_problem(rows: Sequence[Example], split: str, column: str) -> str | None:
@@ -126,50 +92,71 @@ def collect(
     given: Pass,
     rows_by_split: Mapping[str, Sequence[Example]],
     columns: Sequence[Column],
-    generated: Sequence[str],
+    generated: Sequence[Column],
 ) -> Evidence:
-    """Score the ``columns`` and answer the questions of the splits in ``generated``.
+    """Score the ``columns``, and answer the questions of the splits whose columns are in ``generated``.
 
     Answers are batched by length across columns and splits; every result stands in the order of the rows and
     does not depend on the batches beyond float32 rounding. The model's mode is restored, no gradient is kept.
     """
     missing: dict[Column, str] = {}
-    for split, column in dict.fromkeys([*columns, *((s, "answer") for s in generated)]):
+    for split, column in dict.fromkeys([*columns, *generated]):
         problem = column_problem(rows_by_split.get(split, ()), split, column)
         if problem is not None:
             missing[split, column] = problem
     wanted = [c for c in dict.fromkeys(columns) if c not in missing]
-    split_names = [s for s in dict.fromkeys(generated) if (s, "answer") not in missing]
+    compared = [c for c in dict.fromkeys(generated) if c not in missing]
     with inference(given.model):
         answers = _score_columns(given, rows_by_split, wanted)
-        generations = _generate_splits(given, rows_by_split, split_names)
+        generations = _generate_splits(given, rows_by_split, compared)
     return Evidence(answers, generations, missing)
 
 
 def _score_columns(
     given: Pass, rows_by_split: Mapping[str, Sequence[Example]], columns: Sequence[Column]
 ) -> dict[Column, Answers]:
-    encoded: list[EncodedExample] = []
-    details: list[bool] = []
-    spans: dict[Column, tuple[int, int]] = {}
-    for split, column in columns:
-        own = _encode(given, rows_by_split[split], column)
-        spans[split, column] = (len(encoded), len(encoded) + len(own))
-        encoded += own
-        details += [(split, column) in given.details] * len(own)
-    stats = score(given, encoded, details)
+    encoded = {c: _encode(given, rows_by_split[c[0]], c[1]) for c in columns}
+    details = [given.wants("details", c) for c in columns for _ in encoded[c]]
+    stats = _by_column(score(given, [e for own in encoded.values() for e in own], details), encoded)
     out = {}
-    for (split, column), (start, stop) in spans.items():
+    for (split, column), own in encoded.items():
         values = [row[column] for row in rows_by_split[split]]
         listed = isinstance(values[0], list)
         out[split, column] = Answers(
-            stats=stats.slice(start, stop),
+            stats=stats[split, column],
             texts=tuple(t for v in values for t in (v if listed else [v])),
             counts=np.array([len(v) if listed else 1 for v in values]),
             listed=listed,
-            cut=sum(e.truncated for e in encoded[start:stop]),
+            cut=sum(e.truncated for e in own),
         )
-    return out
+    return _with_extras(given, encoded, out)
+
+
+def _by_column(stats: TokenStats, encoded: Mapping[Column, Sequence[EncodedExample]]) -> dict[Column, TokenStats]:
+    ends = np.cumsum([len(own) for own in encoded.values()])
+    return {c: stats.slice(int(end) - len(own), int(end)) for (c, own), end in zip(encoded.items(), ends, strict=True)}
+
+
+def _with_extras(
+    given: Pass, encoded: Mapping[Column, Sequence[EncodedExample]], answers: dict[Column, Answers]
+) -> dict[Column, Answers]:
+    """Add what only some metrics ask for: the reference model's statistics, gradient norms."""
+    referred = {c: own for c, own in encoded.items() if given.wants("reference", c)}
+    if referred and given.reference is not None:
+        flat = [e for own in referred.values() for e in own]
+        with given.reference() as model, inference(model):
+            stats = score(replace(given, model=model), flat, [False] * len(flat))
+        for c, found in _by_column(stats, referred).items():
+            answers[c] = replace(answers[c], reference=found)
+    pad = pad_id(given.tokenizer)
+    for c, own in encoded.items():
+        if given.wants("gradients", c):
+
+            def told(done: int, total: int = len(own)) -> None:
+                given.tell("taking gradients", done, total)
+
+            answers[c] = replace(answers[c], gradient_norms=gradient_norms(given.model, own, pad, told))
+    return answers
 
 
 def _encode(given: Pass, rows: Sequence[Example], column: str) -> list[EncodedExample]:
@@ -183,107 +170,10 @@ def _encode(given: Pass, rows: Sequence[Example], column: str) -> list[EncodedEx
     return [replace(e, example_id=i) for e, i in zip(found, ids, strict=True)]
 
 
-def score(given: Pass, encoded: Sequence[EncodedExample], details: Sequence[bool]) -> TokenStats:
-    """Token statistics of encoded answers, in their order.
-
-    ``details`` says for each answer whether is-argmax, mean and variance are wanted; where they are not, they
-    read false, NaN and NaN (and are ``None`` when no answer wants them): they cost two more passes over the
-    vocabulary.
-    """
-    lengths = np.array([sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in encoded], dtype=np.int64)
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    flat = np.full((4 if any(details) else 1, int(offsets[-1])), np.nan, dtype=np.float32)
-    done = 0
-    for own, logits, labels in _forward(given, encoded):
-        where = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in own])
-        flat[0, where] = label_logps(logits, labels).cpu().numpy()
-        chosen = np.repeat([details[i] for i in own], lengths[own])
-        if chosen.any():
-            tokens = torch.from_numpy(np.flatnonzero(chosen)).to(logits.device)
-            flat[1:, where[chosen]] = _details(logits, labels, tokens).cpu().numpy()
-        done += len(own)
-        given.tell("scoring answers", done, len(encoded))
-    others = (flat[1] == 1, flat[2], flat[3]) if any(details) else (None, None, None)
-    return TokenStats(flat[0], offsets, tuple(e.example_id for e in encoded), *others)
-
-
-def _forward(given: Pass, encoded: Sequence[EncodedExample]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of answers with the logits and labels of their labelled tokens, by answer and position.
-
-    Answers to one question share its prompt where that is worth it and the model allows it.
-    """
-    pad, device = pad_id(given.tokenizer), next(given.model.parameters()).device
-    prompts: dict[tuple[int, ...], list[int]] = {}
-    for i, e in enumerate(encoded):
-        prompts.setdefault(shared_prefix(e), []).append(i)
-    groups = list(prompts.values())
-    if len(groups) < len(encoded) and not given.mask_pad_ids and _shares(given, encoded, groups):
-        for own in given.budget.batches([_shared_cost([encoded[i] for i in g]) for g in groups]):
-            batch = collate_shared([[encoded[i] for i in groups[g]] for g in own], pad).to(device)
-            yield [i for g in own for i in groups[g]], shared_logits(given.model, batch), batch.labels
-        return
-    for own in given.budget.batches([len(e) for e in encoded]):
-        batch = collate([encoded[i] for i in own], pad)
-        if given.mask_pad_ids:
-            mask = (batch.input_ids != pad).to(batch.attention_mask.dtype)
-            batch = Batch(batch.input_ids, mask, batch.labels, batch.example_ids)
-        found = labelled_logits(given.model, batch.to(device))
-        yield own, found.logits, found.labels
-
-
-def _shared_cost(group: Sequence[EncodedExample]) -> int:
-    """Positions of a group, or twice its labelled tokens: unshared, answers are about half of all positions, and
-    the logits of as many labels should fit in memory."""
-    labels = sum(len(e) - len(shared_prefix(e)) for e in group)
-    return max(shared_width(group), 2 * labels)
-
-
-def _shares(given: Pass, encoded: Sequence[EncodedExample], groups: Sequence[list[int]]) -> bool:
-    """Whether this model gives the answers of a shared row what it gives them one by one; tried on the longest.
-
-    A kernel without masks of its own (flash attention), a sliding window shorter than the row, positions that
-    come of the mask (ALiBi) or a recurrent layer show here.
-    """
-    several = [g for g in groups if len(g) > 1]
-    group = [encoded[i] for i in max(several, key=lambda g: shared_width([encoded[i] for i in g]))]
-    pad, device = pad_id(given.tokenizer), next(given.model.parameters()).device
-    alone = labelled_logits(given.model, collate(group, pad).to(device))
-    want = label_logps(alone.logits, alone.labels)
-    del alone
-    batch = collate_shared([group], pad).to(device)
-    try:
-        found = label_logps(shared_logits(given.model, batch), batch.labels)
-    except (ValueError, TypeError, RuntimeError) as e:
-        log.info("answers to one question are scored one by one (%s)", str(e).partition("\n")[0])
-        return False
-    dtype = next(given.model.parameters()).dtype
-    off = float((found - want).abs().mean())
-    if not off <= SHARING_TOLERANCE.get(dtype, 0.1):
-        log.info("answers to one question are scored one by one (shared, they differ by %.2g nats)", off)
-        return False
-    return True
-
-
-def _details(logits: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:
-    """is-argmax, mean, variance at the rows ``tokens`` of ``logits`` ``(N, V)``: shape ``(3, len(tokens))``."""
-    out = torch.empty((3, len(tokens)), device=logits.device)
-    size = max(1, _CHUNK_VALUES // logits.shape[1])
-    for start in range(0, len(tokens), size):
-        part = tokens[start : start + size]
-        logps = logits[part].float().log_softmax(dim=1)
-        probs = logps.exp()
-        # A vanished probability counts 0, also where its log-probability is infinite (masked vocabulary).
-        logps.masked_fill_(probs == 0, 0)
-        mean = (probs * logps).sum(dim=1)
-        out[0, start : start + size] = logits[part].argmax(dim=1) == labels[part]
-        out[1, start : start + size] = mean
-        out[2, start : start + size] = logps.sub_(mean.unsqueeze(1)).square_().mul_(probs).sum(dim=1)
-    return out
-
-
 def _generate_splits(
-    given: Pass, rows_by_split: Mapping[str, Sequence[Example]], splits: Sequence[str]
+    given: Pass, rows_by_split: Mapping[str, Sequence[Example]], compared: Sequence[Column]
 ) -> dict[str, Generations]:
+    splits = list(dict.fromkeys(s for s, _ in compared))
     questions = [row["question"] for s in splits for row in rows_by_split[s]]
     prompts = encode_prompts(given.tokenizer, given.template, questions)
     texts = [""] * len(prompts)
@@ -299,6 +189,7 @@ def _generate_splits(
     for split in splits:
         rows = rows_by_split[split]
         own = slice(start, start + len(rows))
-        out[split] = Generations(tuple(shown[own]), tuple(r["answer"] for r in rows), tuple(texts[own]))
+        answers = {c: tuple(r[c] for r in rows) for s, c in compared if s == split}
+        out[split] = Generations(tuple(shown[own]), answers, tuple(texts[own]))
         start = own.stop
     return out

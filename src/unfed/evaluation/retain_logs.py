@@ -47,12 +47,21 @@ class RetainLogs:
                 f"{self.name}: forget_truth_ratio.value_by_index is not row -> {{'score': number}} (retain_logs_path)"
             ) from e
 
-    def min_k_auc(self) -> float:
-        """The Min-K attack's AUC. Raises ``ArtifactError`` naming the file and the missing key."""
-        value = self._entry("mia_min_k", "agg_value")
+    def auc(self, attack: str) -> float:
+        """An attack's AUC. Raises ``ArtifactError`` naming the file and the missing key."""
+        value = self._entry(attack, "agg_value")
         if not isinstance(value, int | float):
-            raise ArtifactError(f"{self.name}: mia_min_k.agg_value is not a number (retain_logs_path)")
+            raise ArtifactError(f"{self.name}: {attack}.agg_value is not a number (retain_logs_path)")
         return float(value)
+
+    def check_digest(self, split: str, digest: str) -> None:
+        """Refuse a log of ours whose ``split`` had other rows. Raises ``ArtifactError``."""
+        known = _digest(self.metrics, split)
+        if known is not None and known != digest:
+            raise ArtifactError(
+                f"{self.name} (retain_logs_path): the retain log is of another {split} split: its rows are {known}, "
+                f"this run's are {digest}"
+            )
 
     def check_split(self, answers: Sequence[str], digest: str) -> None:
         """Refuse a log of another forget split than this run's rows.
@@ -60,10 +69,8 @@ class RetainLogs:
         Compared: the rows' digest where the log is ours, the number of truth ratios, and the true answers
         where the log shows them. Raises ``ArtifactError`` saying what differs.
         """
+        self.check_digest("forget", digest)
         refuse = f"{self.name}: the retain log is of another forget split: "
-        known = _digest(self.metrics)
-        if known is not None and known != digest:
-            raise ArtifactError(f"{refuse}its rows are {known}, this run's are {digest}")
         rows = self._entry("forget_truth_ratio", "value_by_index")
         if len(rows) != len(answers):
             raise ArtifactError(f"{refuse}it has {len(rows)} rows, this run has {len(answers)}")
@@ -77,11 +84,11 @@ class RetainLogs:
                 )
 
 
-def _digest(metrics: Mapping[str, Any]) -> str | None:
+def _digest(metrics: Mapping[str, Any], split: str) -> str | None:
     run = metrics.get(RUN_KEY)
     splits = run.get("splits") if isinstance(run, Mapping) else None
-    forget = splits.get("forget") if isinstance(splits, Mapping) else None
-    return forget.get("digest") if isinstance(forget, Mapping) else None
+    found = splits.get(split) if isinstance(splits, Mapping) else None
+    return found.get("digest") if isinstance(found, Mapping) else None
 
 
 def load_retain_logs(path: Path | str) -> RetainLogs:

@@ -8,10 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
-from unfed.evaluation.collect import Column, Evidence
+from unfed.base.errors import ArtifactError
+from unfed.evaluation.collect import Answers, Evidence
 from unfed.evaluation.retain_logs import RetainLogs
+from unfed.evaluation.scoring import Column, Extra
 from unfed.metrics import membership, overlap, probability, summary
-from unfed.metrics.stats import Array, Score, TokenStats
+from unfed.metrics.stats import Array, Score, TokenStats, from_rows
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class Rule(Protocol):
     """How one metric comes of its needs."""
 
     @property
-    def needs_details(self) -> bool: ...
+    def asks(self) -> frozenset[Extra]: ...
     @property
     def columns(self) -> tuple[Column, ...]: ...
     @property
-    def generated(self) -> tuple[str, ...]: ...
+    def generated(self) -> tuple[Column, ...]: ...
     @property
     def parts(self) -> tuple[str, ...]: ...
     def __call__(self, found: Findings) -> Score: ...
@@ -42,15 +44,15 @@ class _Rule:
     """Needs nothing; the rules below say what they need."""
 
     @property
-    def needs_details(self) -> bool:
-        return False
+    def asks(self) -> frozenset[Extra]:
+        return frozenset()
 
     @property
     def columns(self) -> tuple[Column, ...]:
         return ()
 
     @property
-    def generated(self) -> tuple[str, ...]:
+    def generated(self) -> tuple[Column, ...]:
         return ()
 
     @property
@@ -111,47 +113,52 @@ class TruthRatio(AgainstWrong):
 
 @dataclass(frozen=True)
 class Rouge(_Rule):
-    """ROUGE of the generated answers of one split."""
+    """ROUGE of the generated answers of one split against the answers of one column."""
 
     split: str
+    column: str = "answer"
 
     @property
-    def generated(self) -> tuple[str, ...]:
-        return (self.split,)
+    def generated(self) -> tuple[Column, ...]:
+        return ((self.split, self.column),)
 
     def __call__(self, found: Findings) -> Score:
         own = found.evidence.generations[self.split]
-        return overlap.rouge_score(own.answers, own.texts, own.prompts)
+        return overlap.rouge_score(own.answers[self.column], own.texts, own.prompts)
 
 
 @dataclass(frozen=True)
 class Memorised(_Rule):
-    """A memorisation metric on the forget answers."""
+    """A memorisation metric on the answers of one split."""
 
     measure: Callable[[TokenStats], Score]
+    split: str = "forget"
 
     @property
-    def needs_details(self) -> bool:
-        return True
+    def asks(self) -> frozenset[Extra]:
+        return frozenset({"details"})
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (("forget", "answer"),)
+        return ((self.split, "answer"),)
 
     def __call__(self, found: Findings) -> Score:
-        return self.measure(found.evidence.answers["forget", "answer"].stats)
+        return self.measure(found.evidence.answers[self.split, "answer"].stats)
 
 
 @dataclass(frozen=True)
 class Attack(_Rule):
-    """A membership inference attack: forget answers beside holdout answers."""
+    """A membership inference attack: forget answers beside holdout answers.
 
-    measure: Callable[[TokenStats, Sequence[str]], Array]
-    needs_moments: bool = False
+    ``extra``: what it asks of their columns beyond the labels' log-probabilities.
+    """
+
+    measure: Callable[[Answers], Array]
+    extra: Extra | None = None
 
     @property
-    def needs_details(self) -> bool:
-        return self.needs_moments
+    def asks(self) -> frozenset[Extra]:
+        return frozenset({self.extra} if self.extra else ())
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -159,7 +166,41 @@ class Attack(_Rule):
 
     def __call__(self, found: Findings) -> Score:
         sides = [found.evidence.answers[c] for c in self.columns]
-        return membership.attack_score(*(self.measure(s.stats, s.texts) for s in sides))
+        if self.extra == "reference" and any(s.reference is None for s in sides):
+            return Score(None, why="no reference model: give eval.reference_model_path, or evaluate an adapter")
+        return membership.attack_score(*(self.measure(s) for s in sides))
+
+
+def loss_attack(own: Answers) -> Array:
+    """See :func:`unfed.metrics.membership.loss`."""
+    return membership.loss(own.stats)
+
+
+def zlib_attack(own: Answers) -> Array:
+    """See :func:`unfed.metrics.membership.zlib_ratio`."""
+    return membership.zlib_ratio(own.stats, own.texts)
+
+
+def min_k_attack(own: Answers) -> Array:
+    """See :func:`unfed.metrics.membership.min_k`."""
+    return membership.min_k(own.stats)
+
+
+def min_k_plus_plus_attack(own: Answers) -> Array:
+    """See :func:`unfed.metrics.membership.min_k_plus_plus`."""
+    return membership.min_k_plus_plus(own.stats)
+
+
+def reference_attack(own: Answers) -> Array:
+    """See :func:`unfed.metrics.membership.reference`."""
+    assert own.reference is not None
+    return membership.reference(own.stats, own.reference)
+
+
+def gradnorm_attack(own: Answers) -> Array:
+    """The norm of each answer's gradient: a member's is small (Nasr et al. 2019)."""
+    assert own.gradient_norms is not None
+    return own.gradient_norms
 
 
 @dataclass(frozen=True)
@@ -200,7 +241,39 @@ class PrivLeak(_Rule):
 
     def __call__(self, found: Findings) -> Score:
         logs = found.retain_logs
-        return membership.privleak(found.scores["mia_min_k"], None if logs is None else logs.min_k_auc())
+        return membership.privleak(found.scores["mia_min_k"], None if logs is None else logs.auc("mia_min_k"))
+
+
+@dataclass(frozen=True)
+class Memorisation(AgainstWrong):
+    """Mem: how little is left of the forget answers."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return summary.MEMORISATION_PARTS
+
+    def __call__(self, found: Findings) -> Score:
+        share = from_rows(probability.prob_mean(*self._losses(found)))
+        return summary.memorisation(found.scores, share.value)
+
+
+@dataclass(frozen=True)
+class Privacy(_Rule):
+    """Priv: how close four attacks come to what they find in the retain model."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return summary.PRIVACY_PARTS
+
+    def __call__(self, found: Findings) -> Score:
+        logs = found.retain_logs
+        if logs is None:
+            return Score(None, why="no retain_logs_path: Priv compares with a retain model's attacks")
+        try:
+            references = {name: logs.auc(name) for name in summary.PRIVACY_PARTS}
+        except ArtifactError as e:
+            return Score(None, why=str(e))
+        return summary.privacy(found.scores, references)
 
 
 def _floats(values: Sequence[float | None]) -> Array:

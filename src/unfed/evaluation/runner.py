@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -15,9 +17,10 @@ from unfed.base.errors import DataError
 from unfed.base.types import Example
 from unfed.data.chat import Template
 from unfed.data.datasets import data_digest
-from unfed.evaluation.collect import Evidence, Pass, collect
+from unfed.evaluation.collect import Evidence, collect, column_problem
 from unfed.evaluation.retain_logs import RUN_KEY, RetainLogs
-from unfed.evaluation.suites import Metric, SuiteConfig, compute, detailed_columns, select
+from unfed.evaluation.scoring import Pass
+from unfed.evaluation.suites import Metric, SuiteConfig, asked_extras, compute, select
 from unfed.metrics.stats import Score
 
 EVAL_FILE = "TOFU_EVAL.json"
@@ -107,7 +110,8 @@ def evaluate(
         decoding=suite.decoding,
         max_length=suite.max_length,
         mask_pad_ids=suite.parity == "openunlearning",
-        details=detailed_columns(metrics),
+        asked=asked_extras(metrics),
+        reference=suite.reference or _base_of(model),
         progress=suite.progress,
     )
     columns = [c for m in metrics for c in m.rule.columns]
@@ -117,6 +121,19 @@ def evaluate(
         for split, rows in rows_by_split.items()
     }
     return EvalResult(compute(metrics, evidence, retain_logs), infos, suite.parity)
+
+
+def _base_of(model: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]] | None:
+    """The base beneath an adapter, as a reference model; ``None`` for a model without an adapter."""
+    if not isinstance(model, PeftModel):
+        return None
+
+    @contextmanager
+    def opened() -> Iterator[nn.Module]:
+        with model.disable_adapter():
+            yield model
+
+    return opened
 
 
 def _cut(evidence: Evidence, split: str) -> int:
@@ -129,13 +146,22 @@ def _check_logs(
     rows_by_split: Mapping[str, Sequence[Example]],
     digests: Mapping[str, str],
 ) -> None:
+    """A log that cannot be this run's reference is refused before anything is scored.
+
+    It is asked only for what this run will compare with it: a run without holdout rows has no privleak, and needs none
+    of the log.
+    """
     names = {m.name for m in metrics}
     forget = rows_by_split.get("forget", ())
-    if "forget_quality" in names and forget:
+    if "forget_quality" in names and all(
+        column_problem(forget, "forget", c) is None for c in ("paraphrased_answer", "perturbed_answer")
+    ):
         logs.truth_ratios()
         logs.check_split([str(row["answer"]) for row in forget], digests["forget"])
-    if "privleak" in names:
-        logs.min_k_auc()
+    if "privleak" in names and forget and rows_by_split.get("holdout"):
+        logs.auc("mia_min_k")
+        for split in ("forget", "holdout"):
+            logs.check_digest(split, digests[split])
 
 
 def write_results(result: EvalResult, directory: Path | str, digests: Mapping[str, str] | None = None) -> None:

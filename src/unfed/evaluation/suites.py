@@ -7,28 +7,40 @@ runner collects the union of the needs in one pass and then asks each metric for
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from torch import nn
+
 from unfed.base.errors import ConfigError, nearest
-from unfed.evaluation.collect import Column, Evidence
+from unfed.evaluation.collect import Evidence
 from unfed.evaluation.retain_logs import RetainLogs
 from unfed.evaluation.rules import (
     AgainstWrong,
     Attack,
     Findings,
     ForgetQuality,
+    Memorisation,
     Memorised,
     ModelUtility,
     NormalisedProb,
+    Privacy,
     PrivLeak,
     Prob,
     Rouge,
     Rule,
     TruthRatio,
+    gradnorm_attack,
+    loss_attack,
+    min_k_attack,
+    min_k_plus_plus_attack,
+    reference_attack,
+    zlib_attack,
 )
-from unfed.metrics import membership, memorization, probability
+from unfed.evaluation.scoring import Column, Extra
+from unfed.metrics import memorization, probability
 from unfed.metrics.stats import Score
 from unfed.models.generate import Budget, Decoding, Progress
 
@@ -48,6 +60,8 @@ def _tofu_metrics() -> tuple[Metric, ...]:
         Metric("forget_Q_A_PARA_Prob", Prob("forget", "paraphrased_answer"), False),
         Metric("forget_Q_A_PERT_Prob", Prob("forget", "perturbed_answer")),
         Metric("forget_Q_A_ROUGE", Rouge("forget"), False),
+        Metric("forget_Q_A_PARA_ROUGE", Rouge("forget", "paraphrased_answer"), False),
+        Metric("forget_Q_A_PERT_ROUGE", Rouge("forget", "perturbed_answer")),
         Metric(
             "forget_truth_ratio",
             TruthRatio("forget", "paraphrased_answer", aggregate=probability.closer_to_1_better),
@@ -60,6 +74,9 @@ def _tofu_metrics() -> tuple[Metric, ...]:
         Metric("retain_Q_A_PARA_Prob", Prob("retain", "paraphrased_answer"), True),
         Metric("retain_Q_A_PERT_Prob", Prob("retain", "perturbed_answer"), False),
         Metric("retain_Q_A_ROUGE", Rouge("retain"), True),
+        Metric("retain_Q_A_PARA_ROUGE", Rouge("retain", "paraphrased_answer"), True),
+        Metric("retain_Q_A_PERT_ROUGE", Rouge("retain", "perturbed_answer"), False),
+        Metric("retain_extraction_strength", Memorised(memorization.extraction_strength_score, "retain"), True),
         Metric("retain_Truth_Ratio", TruthRatio("retain", "paraphrased_answer"), True),
     ]
     for short, split in (("ra", "real_authors"), ("wf", "world_facts")):
@@ -73,11 +90,15 @@ def _tofu_metrics() -> tuple[Metric, ...]:
     return (
         *found,
         Metric("model_utility", ModelUtility(), True),
-        Metric("mia_loss", Attack(membership.loss)),
-        Metric("mia_zlib", Attack(membership.zlib_ratio)),
-        Metric("mia_min_k", Attack(membership.min_k)),
-        Metric("mia_min_k_plus_plus", Attack(membership.min_k_plus_plus, needs_moments=True)),
+        Metric("mia_loss", Attack(loss_attack)),
+        Metric("mia_zlib", Attack(zlib_attack)),
+        Metric("mia_min_k", Attack(min_k_attack)),
+        Metric("mia_min_k_plus_plus", Attack(min_k_plus_plus_attack, "details")),
+        Metric("mia_reference", Attack(reference_attack, "reference")),
+        Metric("mia_gradnorm", Attack(gradnorm_attack, "gradients")),
         Metric("privleak", PrivLeak()),
+        Metric("mem", Memorisation("forget", "paraphrased_answer"), True),
+        Metric("priv", Privacy(), True),
     )
 
 
@@ -94,7 +115,9 @@ TOFU_DEFAULT = (
 class SuiteConfig:
     """An evaluation. ``metrics`` names the wanted ones (empty: the suite's default); ``datasets`` maps each
     split to its data set's name, for the record. ``parity='openunlearning'`` reproduces that code's attention
-    mask, which hides every token equal to the padding id. ``progress`` is called with (what, done, total)."""
+    mask, which hides every token equal to the padding id. ``progress`` is called with (what, done, total).
+    ``reference`` opens the model that ``mia_reference`` compares with; without it, that is the base beneath an
+    adapter."""
 
     metrics: tuple[str, ...] = ()
     datasets: Mapping[str, str] = field(default_factory=dict)
@@ -103,6 +126,7 @@ class SuiteConfig:
     max_length: int | None = 512
     parity: Literal["openunlearning"] | None = None
     progress: Progress | None = field(default=None, compare=False)
+    reference: Callable[[], AbstractContextManager[nn.Module]] | None = field(default=None, compare=False)
 
 
 def tofu_datasets(forget_split: str = "forget10", holdout_split: str | None = None) -> dict[str, str]:
@@ -150,16 +174,20 @@ def _companions(rule: Rule) -> tuple[str, ...]:
     )
 
 
-def detailed_columns(metrics: Sequence[Metric]) -> frozenset[Column]:
-    """Columns for which some metric needs the argmax or the vocabulary's moments."""
-    return frozenset(c for m in metrics if m.rule.needs_details for c in m.rule.columns)
+def asked_extras(metrics: Sequence[Metric]) -> dict[Extra, frozenset[Column]]:
+    """For each extra the columns of which some metric asks it."""
+    asked: dict[Extra, set[Column]] = {}
+    for metric in metrics:
+        for extra in metric.rule.asks:
+            asked.setdefault(extra, set()).update(metric.rule.columns)
+    return {extra: frozenset(columns) for extra, columns in asked.items()}
 
 
 def compute(metrics: Sequence[Metric], evidence: Evidence, retain_logs: RetainLogs | None) -> dict[str, Score]:
     """Score every metric, in order. One whose columns are missing has no value and says which."""
     scores: dict[str, Score] = {}
     for metric in metrics:
-        needs = [*metric.rule.columns, *((s, "answer") for s in metric.rule.generated)]
+        needs = [*metric.rule.columns, *metric.rule.generated]
         gaps = dict.fromkeys(evidence.missing[c] for c in needs if c in evidence.missing)
         if not gaps:
             gaps = dict.fromkeys(

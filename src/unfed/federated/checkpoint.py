@@ -74,8 +74,13 @@ class Checkpoints:
                 "records": [asdict(r) for r in records],
             }
             write_json(part / "state.json", {**body, "digest": digest_json(body)})
-        for old in self._rounds()[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        # Later rounds are of a run that could not be resumed: they would push out the rounds of this one.
+        own = f"round_{state.round:05d}"
+        rounds = self._rounds()
+        kept = [d for d in rounds if d.name <= own][-self._keep :]
+        for old in rounds:
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
 
     def exist(self) -> bool:
         """Whether any round was saved."""

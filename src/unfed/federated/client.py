@@ -13,7 +13,8 @@ from unfed.models.adapter import restore, snapshot
 from unfed.objectives.base import Objective
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Anchor, Companions, Reference
-from unfed.training.loop import Local, LocalTask, StepEvent, Window
+from unfed.training.extent import Part, Window
+from unfed.training.loop import Local, LocalTask, StepEvent
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Client:
             needs=needs.splits,
             batch_size=self.local.args.per_device_train_batch_size,
             accumulation=self.local.args.gradient_accumulation_steps,
-            seed_path=("fit", task.round, client_id),
+            seed_path=("fit", task.phase.name if work.spread else task.round, client_id),
             workers=self.local.args.dataloader_num_workers,
         )
         on_step = self.on_step
@@ -65,6 +66,7 @@ class Client:
             work.epochs,
             self._window(task),
             None if on_step is None else lambda event: on_step(task, client_id, event),
+            Part(task.phase_round, task.phase.rounds) if work.spread else Part(),
         )
         result = self.local.train(local_task, self._beside(work.objective, plan, adapter))
         self.curves.setdefault(task.phase.name, []).append(result.curve)

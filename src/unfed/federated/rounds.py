@@ -85,7 +85,8 @@ def run_rounds(
     """
     for task in schedule.tasks(state.round):
         began = time.perf_counter()
-        clients = config.participation.select(list(task.phase.work), config.seed, task.round)
+        phase = task.phase
+        clients = config.participation.select(list(phase.work), config.seed, task.round, phase.always)
         keep.listener.round_started(task, clients)
         screening = _Screening(state.adapter)
         combined = _combine(task, transport, aggregator, state, clients, screening)

@@ -19,19 +19,22 @@ class Work:
     """What one client does in each round of a phase.
 
     ``rows`` is the split whose rows make up an epoch; ``objective`` says what else it needs (a retain row beside
-    each forget row, say). ``epochs`` may be a fraction.
+    each forget row, say). ``epochs`` may be a fraction. ``spread``: the phase's rounds share one run over the rows,
+    each takes its part of the steps; else every round begins an epoch anew.
     """
 
     rows: Split
     objective: Objective
     epochs: float
+    spread: bool = False
 
 
 @dataclass(frozen=True)
 class Phase:
     """A number of rounds in which the same clients do the same work.
 
-    ``rule``: ``aggregate`` passes the clients' mean through the server's optimizer; ``adopt`` takes the mean as it
+    ``always``: clients that take part in every round whatever ``fraction_fit`` is: those that unlearn. ``rule``:
+    ``aggregate`` passes the clients' mean through the server's optimizer; ``adopt`` takes the mean as it
     is, for a phase in which the server must not damp what a client did (local unlearning).
     """
 
@@ -39,6 +42,7 @@ class Phase:
     rounds: int
     work: Mapping[str, Work]
     rule: ServerRule = "aggregate"
+    always: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,18 +93,24 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Participation:
-    """Who takes part in a round: a fraction of the phase's clients, ``min_clients`` at least."""
+    """Who takes part in a round: a fraction of the phase's clients, ``min_clients`` at least.
+
+    A phase's ``always`` clients come first, the draw fills up with others.
+    """
 
     fraction_fit: float = 1.0
     min_clients: int = 1
 
-    def select(self, clients: Sequence[str], seed: int, round_: int) -> list[str]:
+    def select(self, clients: Sequence[str], seed: int, round_: int, always: Sequence[str] = ()) -> list[str]:
         """The round's clients in the order of ``clients``; drawn without replacement from (seed, round)."""
         wanted = max(min(self.min_clients, len(clients)), round(self.fraction_fit * len(clients)), 1)
         if wanted >= len(clients):
             return list(clients)
-        drawn = numpy_generator(seed, "select", round_).choice(len(clients), size=wanted, replace=False)
-        return [clients[int(i)] for i in sorted(drawn)]
+        others = [c for c in clients if c not in always]
+        size = min(max(0, wanted - len(always)), len(others))
+        drawn = numpy_generator(seed, "select", round_).choice(len(others), size=size, replace=False) if size else ()
+        chosen = {*always, *(others[int(i)] for i in drawn)}
+        return [c for c in clients if c in chosen]
 
     def check(self, survivors: int, invited: int, reasons: Sequence[str]) -> None:
         """Raise ``UnfedError`` when too few clients are left in a round."""

@@ -1,7 +1,8 @@
 """Membership inference: does the forget set look like training data beside a holdout set?
 
 Each attack gives one number for an answer, "higher = less likely a member". Sources: loss (Yeom et al. 2018),
-zlib (Carlini et al. 2021), Min-K (Shi et al. 2024), Min-K++ (Zhang et al. 2025), privleak (MUSE, 2407.06460).
+zlib and reference (Carlini et al. 2021), Min-K (Shi et al. 2024), Min-K++ (Zhang et al. 2025), privleak (MUSE,
+2407.06460).
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ import numpy as np
 from unfed.metrics.probability import EPSILON, avg_loss
 from unfed.metrics.stats import Array, Score, TokenStats, from_rows
 
+FALSE_POSITIVES = 0.01
+"""False-positive rate at which the true-positive rate is given."""
+
 MIN_K = 0.4
 """Share of the tokens that Min-K and Min-K++ look at."""
 
 
-def loss(stats: TokenStats, texts: Sequence[str]) -> Array:
-    """``avg_loss``, shape ``(n,)``. The texts are not looked at."""
-    del texts
+def loss(stats: TokenStats) -> Array:
+    """``avg_loss``, shape ``(n,)``."""
     return avg_loss(stats)
 
 
 def zlib_ratio(stats: TokenStats, texts: Sequence[str]) -> Array:
     """``avg_loss / len(zlib.compress(answer))``, shape ``(n,)``; the answer as UTF-8."""
     return avg_loss(stats) / np.array([len(zlib.compress(t.encode("utf-8"))) for t in texts])
+
+
+def reference(stats: TokenStats, of_reference: TokenStats) -> Array:
+    """``avg_loss`` minus the reference model's on the same answers, shape ``(n,)``."""
+    return avg_loss(stats) - avg_loss(of_reference)
 
 
 def _lowest(stats: TokenStats, values: Array) -> Array:
@@ -38,16 +46,14 @@ def _lowest(stats: TokenStats, values: Array) -> Array:
     return out
 
 
-def min_k(stats: TokenStats, texts: Sequence[str]) -> Array:
+def min_k(stats: TokenStats) -> Array:
     """Minus the mean of the ``int(0.4 L')`` (at least 1) lowest log-probabilities, shape ``(n,)``."""
-    del texts
     cut = stats.without_last()
     return _lowest(cut, cut.logp)
 
 
-def min_k_plus_plus(stats: TokenStats, texts: Sequence[str]) -> Array:
+def min_k_plus_plus(stats: TokenStats) -> Array:
     """:func:`min_k` on ``z = (logp - mean) / sqrt(max(var, 1e-6))``. Raises ``ValueError`` without moments."""
-    del texts
     cut = stats.without_last()
     if cut.mean is None or cut.var is None:
         raise ValueError("min_k++ needs the mean and variance of the vocabulary's log-probabilities")
@@ -67,8 +73,16 @@ def auc(forget: Array, holdout: Array) -> float:
     return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
 
 
+def true_positive_rate(forget: Array, holdout: Array, false_positive_rate: float = FALSE_POSITIVES) -> float:
+    """Share of the forget answers below the highest threshold that takes at most ``false_positive_rate`` of the
+    holdout answers for members (Carlini et al. 2022). With fewer than 100 holdout answers 1 % allows none."""
+    allowed = int(false_positive_rate * len(holdout))
+    return float((forget < np.partition(holdout, allowed)[allowed]).mean())
+
+
 def attack_score(forget: Array, holdout: Array) -> Score:
-    """``mia_*``: the AUC, with both sets' numbers beside it. Answers without a number are left out."""
+    """``mia_*``: the AUC, with both sets' numbers and ``tpr_at_1_percent_fpr`` beside it. Answers without a number are
+    left out."""
     sides = {"forget": from_rows(forget), "holdout": from_rows(holdout)}
     extra: dict[str, object] = {
         name: {
@@ -80,8 +94,9 @@ def attack_score(forget: Array, holdout: Array) -> Score:
     why = "; ".join(f"{name}: {side.why}" for name, side in sides.items() if side.why) or None
     if any(side.value is None for side in sides.values()):
         return Score(None, why=why, extra=extra)
-    value = auc(forget[np.isfinite(forget)], holdout[np.isfinite(holdout)])
-    return Score(value, why=why, extra={**extra, "auc": value})
+    finite = (forget[np.isfinite(forget)], holdout[np.isfinite(holdout)])
+    value = auc(*finite)
+    return Score(value, why=why, extra={**extra, "auc": value, "tpr_at_1_percent_fpr": true_positive_rate(*finite)})
 
 
 def privleak(attack: Score, reference_auc: float | None) -> Score:

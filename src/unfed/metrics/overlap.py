@@ -28,12 +28,22 @@ def rouge(answer: str, generation: str) -> dict[str, float]:
     }
 
 
-def rouge_score(answers: Sequence[str], generations: Sequence[str], prompts: Sequence[str]) -> Score:
-    """``*_ROUGE``: mean rougeL recall. Each row shows its three scores, prompt, true answer and generation."""
-    rows = [rouge(a, g) for a, g in zip(answers, generations, strict=True)]
-    mean = from_rows(np.array([r["rougeL_recall"] for r in rows], dtype=np.float64))
+def rouge_score(answers: Sequence[str | Sequence[str]], generations: Sequence[str], prompts: Sequence[str]) -> Score:
+    """``*_ROUGE``: mean rougeL recall. Each row shows its three scores, prompt, true answer and generation.
+
+    A row with a list of answers shows lists, and counts with the mean over them.
+    """
+    rows = [_row(a, g) for a, g in zip(answers, generations, strict=True)]
+    mean = from_rows(np.array([np.mean(r["rougeL_recall"]) for r in rows], dtype=np.float64))
     shown = tuple(
         {**r, "input": p, "ground_truth": a, "generation": g}
         for r, p, a, g in zip(rows, prompts, answers, generations, strict=True)
     )
     return Score(mean.value, shown, why=mean.why)
+
+
+def _row(answer: str | Sequence[str], generation: str) -> dict[str, Any]:
+    if isinstance(answer, str):
+        return rouge(answer, generation)
+    each = [rouge(a, generation) for a in answer]
+    return {name: [r[name] for r in each] for name in each[0]}

@@ -42,3 +42,37 @@ def model_utility(parts: Mapping[str, Score]) -> Score:
     if missing:
         return Score(None, why=f"no value for {', '.join(missing)}", higher_is_better=True)
     return Score(harmonic_mean(values), higher_is_better=True)
+
+
+MEMORISATION_PARTS = ("extraction_strength", "exact_memorization", "forget_Q_A_PARA_Prob")
+"""What Mem is made of, beside the truth ratio as a share."""
+
+PRIVACY_PARTS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+"""The attacks that Priv is made of."""
+
+
+def memorisation(parts: Mapping[str, Score], truth_share: float | None) -> Score:
+    """``mem``: HM(1 - ES, 1 - EM, 1 - Para.Prob, 1 - truth ratio) (OpenUnlearning, 2506.12618, appendix F.1).
+
+    ``truth_share`` is the truth ratio as correct / (correct + wrong), as that code has it since commit d3d7cf9.
+    """
+    values = {name: parts[name].value for name in MEMORISATION_PARTS} | {"the truth ratio": truth_share}
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        return Score(None, why=f"no value for {', '.join(missing)}")
+    return Score(harmonic_mean([1 - v for v in values.values() if v is not None]))
+
+
+def privacy(attacks: Mapping[str, Score], references: Mapping[str, float]) -> Score:
+    """``priv``: HM of how close each attack's AUC is to the retain model's, ``references`` (2506.12618, F.1).
+
+    Closeness is ``1 - |auc - reference| / max(reference, 1 - reference)``: 1 where they are equal, 0 at the AUC
+    farthest from it. The paper asks for closeness in [0, 1]; the quotient is ours.
+    """
+    closeness: dict[str, float] = {}
+    for name, reference in references.items():
+        value = attacks[name].value
+        if value is None:
+            return Score(None, why=f"{name} has no value: {attacks[name].why}")
+        closeness[name] = 1 - abs(value - reference) / max(reference, 1 - reference)
+    return Score(harmonic_mean(list(closeness.values())), extra={"closeness": closeness})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +103,19 @@ class WeightSwap:
         """
         was_training = self._model.training
         mine = [p.data for p, _ in self._pairs]
-        for parameter, other in self._pairs:
-            parameter.data = other
+        self._put([other for _, other in self._pairs])
         self._model.eval()
         try:
             yield
         finally:
-            for (parameter, _), data in zip(self._pairs, mine, strict=True):
-                parameter.data = data
+            self._put(mine)
             self._model.train(was_training)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for (parameter, _), value in zip(self._pairs, values, strict=True):
+            parameter.data = value
+        # Autocast keeps its 16-bit copy of a float32 parameter by the parameter, whose data has just changed.
+        torch.clear_autocast_cache()
 
 
 def lora_scaling(model: nn.Module) -> dict[str, float]:

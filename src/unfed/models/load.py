@@ -22,6 +22,7 @@ from unfed.models.adapter import ADAPTER_NAME, live_tensors, trainable_parameter
 from unfed.models.source import ModelSource, resolve_source
 from unfed.models.spec import ADAPTER_WEIGHTS, ATTENTION, LoraArgs, ModelArgs, TokenizerArgs
 
+SHAPE_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,6 +86,8 @@ def load_model(args: ModelArgs, tokenizer_args: TokenizerArgs, *, trainable: boo
                 "parameters: choose the -lora model file, or merge the adapter into its base first"
             )
         model = _open_adapter(model, source.adapter, trainable=trainable)
+        # Where it was opened now, not where it was trained: the adapter that this run saves names its base.
+        model.peft_config[ADAPTER_NAME].base_model_name_or_path = base
         notes += _adapter_notes(model, args.lora_config, source.adapter)
     elif args.use_lora:
         model = _new_adapter(model, args.lora_config or LoraArgs(), base, seed)
@@ -155,8 +158,13 @@ def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> Peft
 def _refuse_partial(model: PeftModel, stored: set[str], path: str) -> None:
     """PEFT passes over tensors that only the file or only the model has; half an adapter is another adapter."""
     wanted = set(live_tensors(model))
-    lacking, left = sorted(wanted - stored), sorted(n for n in stored - wanted if ".lora_" in n)
+    lacking, left = sorted(wanted - stored), sorted(stored - wanted)
     if lacking or left:
+        if not lacking and not any(".lora_" in n for n in left):
+            raise AdapterError(
+                f"the adapter {path} holds {left[0]}, which its adapter_config.json does not name as its own: weights "
+                "of the base that were trained and saved with it. Train it again with these in modules_to_save"
+            )
         what = f"it has no {lacking[0]}" if lacking else f"the base has no place for {left[0]}"
         raise AdapterError(
             f"the adapter {path} does not fit its base model: {what} ({len(lacking)} tensors are missing, {len(left)} "
@@ -184,7 +192,7 @@ def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        target_modules=lora.targets(),
         lora_dropout=lora.lora_dropout,
         bias=lora.bias,
         use_rslora=lora.use_rslora,
@@ -206,7 +214,9 @@ def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -
 def missing_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
     """Target modules that the model does not have (``all-linear`` and regular expressions are PEFT's to check)."""
     if isinstance(targets, str):
-        return []
+        if not targets.isidentifier():
+            return []
+        targets = (targets,)
     names = [n for n, _ in model.named_modules()]
     return [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
 
@@ -216,7 +226,10 @@ def _adapter_notes(model: PeftModel, asked: LoraArgs | None, path: str) -> list[
     if asked is None:
         return []
     own = model.peft_config[ADAPTER_NAME]
-    differ = [k for k in ("r", "lora_alpha", "lora_dropout") if getattr(own, k, None) != getattr(asked, k)]
+    differ = [k for k in SHAPE_KEYS if getattr(own, k, None) != getattr(asked, k)]
+    differ += [k for k in ("rank_pattern", "alpha_pattern") if dict(getattr(own, k) or {}) != dict(getattr(asked, k))]
+    if set(getattr(own, "modules_to_save", None) or ()) != set(asked.modules_to_save or ()):
+        differ.append("modules_to_save")
     if not isinstance(asked.target_modules, str) and set(asked.target_modules) != set(
         getattr(own, "target_modules", ())
     ):

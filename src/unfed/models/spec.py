@@ -37,6 +37,12 @@ class LoraArgs:
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
 
+    def targets(self) -> list[str] | str:
+        """``target_modules`` for PEFT, which takes a bare string for a regular expression over whole names."""
+        if isinstance(self.target_modules, str):
+            return [self.target_modules] if self.target_modules.isidentifier() else self.target_modules
+        return list(self.target_modules)
+
 
 @dataclass(frozen=True)
 class ModelArgs:

@@ -82,6 +82,10 @@ def number(metric: str, value: float | None) -> str:
     return f"{value:.3f}"
 
 
+NOTHING_TO_FORGET = 0.05
+"""Fine-tuned and oracle probabilities closer than this say nothing about forgetting."""
+
+
 def verdict(summaries: Mapping[str, Mapping[str, float]], model: str) -> str:
     """One plain sentence: did ``model`` forget, and what did it keep?"""
     need = ("forget_Q_A_Prob", "retain_Q_A_Prob")
@@ -90,6 +94,11 @@ def verdict(summaries: Mapping[str, Mapping[str, float]], model: str) -> str:
     before, aim, now = (summaries[m]["forget_Q_A_Prob"] for m in ("finetuned", "oracle", model))
     kept = summaries[model]["retain_Q_A_Prob"] / max(summaries["finetuned"]["retain_Q_A_Prob"], 1e-9)
     gone = (before - now) / max(before - aim, 1e-9)
+    if before - aim < NOTHING_TO_FORGET:
+        return (
+            f"{model}: there was next to nothing to forget: the fine-tuned model gives the answers to forget a "
+            f"probability of {before:.2f}, the oracle {aim:.2f}. It kept {kept:.0%} of the retain probability."
+        )
     fell = f"the probability of the answers to forget fell from {before:.2f} to {now:.2f}"
     if gone >= 1.05:
         what = f"forgot more than it had to: {fell}, below the oracle's {aim:.2f}, which can be noticed too"

@@ -46,7 +46,8 @@ class LoopArgs:
 
     ``learning_rate=None`` means 1e-4 with adapters and 1e-5 without. Of ``warmup_epochs`` (ours, in local epochs),
     ``warmup_ratio`` (of all steps) and ``warmup_steps`` (a number of steps, or a ratio below 1) one may be given.
-    ``seed`` decides order and dropout; ``None`` takes the run's own.
+    ``seed`` decides order and dropout; ``None`` takes the run's own. ``max_steps`` bounds each client's steps in each
+    round and never adds epochs (in ``TrainingArguments`` it replaces them). ``logging_steps`` is 10 unless given.
     """
 
     per_device_train_batch_size: int = 8

@@ -136,11 +136,11 @@ class BatchPlan:
     seed_path: tuple[str | int, ...]
     workers: int = 0
 
-    def epoch(self, seed: int, number: int, collation: Collation) -> Iterator[Step]:
-        """The steps of one epoch, in an order that depends on (seed, path, epoch number) alone."""
+    def epoch(self, seed: int, number: int, collation: Collation, skip: int = 0) -> Iterator[Step]:
+        """The steps of one epoch but the first ``skip``, in an order that depends on (seed, path, number) alone."""
         g = torch_generator(seed, *self.seed_path, "order", number)
         plan = plan_epoch(self.rows, self.driver, self.needs, self.batch_size * self.accumulation, g)
-        steps = _Steps(self.rows, plan, self.batch_size, collation)
+        steps = _Steps(self.rows, plan[skip:], self.batch_size, collation)
         if self.workers == 0:
             for i in range(len(steps)):
                 yield steps[i]

@@ -31,14 +31,7 @@ from unfed.objectives.base import Objective
 from unfed.training.args import LoopArgs, usable_optimizer
 from unfed.training.batches import BatchPlan, Collation, Step, steps_per_epoch
 from unfed.training.context import Companions, ModelContext
-
-
-@dataclass(frozen=True)
-class Window:
-    """Where a call to :func:`train` lies in its learning-rate schedule: ``index`` of ``count`` equal calls."""
-
-    index: int = 0
-    count: int = 1
+from unfed.training.extent import Extent, Part, Window
 
 
 @dataclass(frozen=True)
@@ -53,13 +46,17 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """What to train on, for how long, with which objective."""
+    """What to train on, for how long, with which objective.
+
+    ``epochs`` are those of this call; where it is a ``part`` of several, all together take ``epochs * part.count``.
+    """
 
     plan: BatchPlan
     objective: Objective
     epochs: float
     window: Window = field(default_factory=Window)
     on_step: Callable[[StepEvent], None] | None = None
+    part: Part = field(default_factory=Part)
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,7 @@ class Local:
         # Settle the devices now: TrainingArguments resets Accelerate's state when it is first asked.
         _ = self._hf_args.device
         self.accelerator = _accelerator(args)
+        self._fresh_scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         self._try_settings()
 
     def train(self, task: LocalTask, beside: Companions) -> TrainResult:
@@ -113,17 +111,25 @@ class Local:
         Raises ``AdapterError`` after the first step when a trainable parameter received no gradient.
         """
         per_epoch = steps_per_epoch(task.plan.rows, task.plan.driver, self.args.step_size())
-        total = max(1, math.ceil(per_epoch * task.epochs))
+        part = task.part
+        # Every call takes a step at least. Rounding: a third of 3 epochs is one epoch, whatever floats make of it.
+        whole = max(part.count, math.ceil(round(per_epoch * task.epochs * part.count, 6)))
+        first, last = part.steps(whole)
+        total = last - first
         if self.args.max_steps > 0:
             total = min(total, self.args.max_steps)
+        extent = Extent(whole, first) if part.count > 1 and task.window.count > 1 else task.window.extent(total)
         self._trained = trainable_parameters(self.model)  # once: a walk over all modules takes milliseconds
-        optimizer, scheduler = self._optimizer(total, per_epoch, task.window)
+        optimizer, scheduler = self._optimizer(extent, per_epoch)
         was_training = self.model.training
         self.model.train()
-        torch.manual_seed(derive_seed(self.seed, *task.plan.seed_path, "dropout"))
+        torch.manual_seed(derive_seed(self.seed, *task.plan.seed_path, "dropout", *([first] if first else [])))
+        if self._fresh_scaler is not None and self.accelerator.scaler is not None:
+            # What one client's overflow taught it must not reach the next client; a resumed run would not know it.
+            self.accelerator.scaler.load_state_dict(self._fresh_scaler)
         log = _LossLog(self.args.logging_steps, total, task.on_step)
         try:
-            for number, step in enumerate(self._steps(task.plan, total)):
+            for number, step in enumerate(self._steps(task.plan, first, total)):
                 losses = self._step(step, task, beside, optimizer, check=number == 0)
                 optimizer.step()
                 if not getattr(optimizer, "step_was_skipped", False):
@@ -136,15 +142,16 @@ class Local:
             self._release()
         return log.result(len(task.plan.rows.splits[task.plan.driver]))
 
-    def _steps(self, plan: BatchPlan, total: int) -> Iterator[Step]:
-        done, epoch = 0, 0
+    def _steps(self, plan: BatchPlan, first: int, total: int) -> Iterator[Step]:
+        epoch, skip = divmod(first, steps_per_epoch(plan.rows, plan.driver, self.args.step_size()))
+        done = 0
         while done < total:
-            for step in plan.epoch(self.seed, epoch, self.collation):
+            for step in plan.epoch(self.seed, epoch, self.collation, skip):
                 if done == total:
                     return
                 yield step
                 done += 1
-            epoch += 1
+            epoch, skip = epoch + 1, 0
 
     def _step(
         self, step: Step, task: LocalTask, beside: Companions, optimizer: Any, *, check: bool
@@ -169,7 +176,7 @@ class Local:
             self.accelerator.unscale_gradients(optimizer)
         torch.nn.utils.clip_grad_norm_(self._trained.values(), self.args.max_grad_norm)
 
-    def _optimizer(self, total: int, per_epoch: int, window: Window) -> tuple[Any, Any]:
+    def _optimizer(self, extent: Extent, per_epoch: int) -> tuple[Any, Any]:
         parameters = self._trained or trainable_parameters(self.model)
         groups = [
             {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": self.args.weight_decay},
@@ -180,13 +187,13 @@ class Local:
         scheduler = get_scheduler(
             self.args.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=self.args.warmup(total * window.count, per_epoch),
-            num_training_steps=total * window.count,
+            num_warmup_steps=self.args.warmup(extent.total, per_epoch),
+            num_training_steps=extent.total,
             scheduler_specific_kwargs=dict(self.args.lr_scheduler_kwargs),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "scheduler.step() before optimizer.step()": meant here
-            for _ in range(total * window.index):
+            for _ in range(extent.before):
                 scheduler.step()
         return (self.accelerator.prepare_optimizer(optimizer) if self.args.fp16 else optimizer), scheduler
 
@@ -194,7 +201,7 @@ class Local:
         """Make optimizer and schedule once, so that a setting that cannot work stops the run and not every client."""
         names = f"trainer.args.optim={self.args.optim}, lr_scheduler_type={self.args.lr_scheduler_type}"
         try:
-            self._optimizer(1, 1, Window(1, 2))
+            self._optimizer(Extent(2, 1), 1)
         except (ImportError, ValueError, TypeError, AttributeError) as e:
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise ConfigError([f"{names}: cannot be used here: {reason}"]) from e

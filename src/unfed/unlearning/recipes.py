@@ -38,9 +38,8 @@ def local_then_recover(given: Ingredients) -> Schedule:
     (several targets: their mean) instead of passing through the server's optimizer, so that an adaptive rule
     cannot damp it; and with ``global_rounds=0`` the recovery is left out.
     """
-    unlearn = Phase(
-        "unlearn", 1, {c: Work("forget", given.forget, given.unlearn_epochs) for c in given.targets}, rule="adopt"
-    )
+    work = {c: Work("forget", given.forget, given.unlearn_epochs) for c in given.targets}
+    unlearn = Phase("unlearn", 1, work, rule="adopt", always=tuple(given.targets))
     if given.global_rounds == 0 or not given.retainers:
         return Schedule((unlearn,))
     recover = Phase("recover", given.global_rounds, _retain_work(given, given.retainers))
@@ -50,14 +49,17 @@ def local_then_recover(given: Ingredients) -> Schedule:
 def interleaved(given: Ingredients) -> Schedule:
     """In every round the targets unlearn beside the others' retain training, and the server averages both.
 
-    ``unlearn_epochs`` are spread over the rounds.
+    ``unlearn_epochs`` are spread over the rounds: the steps that they would take in one piece are dealt out in order,
+    so no forget row comes again before all came once.
     """
     rounds = max(1, given.global_rounds)
-    share = given.unlearn_epochs / rounds
-    work: dict[str, Work] = {c: Work("forget", given.forget, share) for c in given.targets}
+    work: dict[str, Work] = {
+        c: Work("forget", given.forget, given.unlearn_epochs / rounds, spread=True) for c in given.targets
+    }
     others = [c for c in given.retainers if c not in work]
     merged: Mapping[str, Work] = {**work, **_retain_work(given, others)}
-    return Schedule((Phase("interleaved", rounds, {c: merged[c] for c in sorted(merged, key=lambda c: (len(c), c))}),))
+    ordered = {c: merged[c] for c in sorted(merged, key=lambda c: (len(c), c))}
+    return Schedule((Phase("interleaved", rounds, ordered, always=tuple(given.targets)),))
 
 
 def _retain_work(given: Ingredients, clients: Sequence[str]) -> dict[str, Work]:

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BloomConfig, LlamaConfig, Qwen2Config
+from transformers import AutoTokenizer, BertConfig, BloomConfig, LlamaConfig, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from unfed.base.types import IGNORE_INDEX
 from unfed.data.chat import EncodedExample
 from unfed.data.collate import collate_shared, shared_width
 from unfed.data.spec import Template
-from unfed.evaluation import collect
+from unfed.evaluation import scoring
+from unfed.evaluation.gradients import gradient_norms
+from unfed.evaluation.runner import evaluate
+from unfed.evaluation.suites import SuiteConfig
+from unfed.metrics.overlap import rouge_score
 from unfed.models.generate import Budget
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -44,7 +48,7 @@ def answers():
 
 
 def passing(model, **given):
-    return collect.Pass(model.eval(), Tokenizer(), Template(), **given)  # pyright: ignore[reportArgumentType]
+    return scoring.Pass(model.eval(), Tokenizer(), Template(), **given)  # pyright: ignore[reportArgumentType]
 
 
 def build(config):
@@ -54,7 +58,7 @@ def build(config):
 
 def scored(given, *, details=False):
     with torch.no_grad():
-        return collect.score(given, answers(), [details] * len(answers()))
+        return scoring.score(given, answers(), [details] * len(answers()))
 
 
 def test_a_shared_row_by_hand():
@@ -77,7 +81,7 @@ def test_sharing_changes_nothing_but_the_work(attention, batch_size, monkeypatch
     base.register_forward_pre_hook(lambda _m, _a, kw: positions.append(kw["input_ids"].numel()), with_kwargs=True)
     shared = scored(given, details=True)
     used = sum(positions[2:])  # the first two: the trial, alone and shared
-    monkeypatch.setattr(collect, "_shares", lambda *_: False)
+    monkeypatch.setattr(scoring, "_shares", lambda *_: False)
     positions.clear()
     alone = scored(given, details=True)
     assert shared.offsets.tolist() == alone.offsets.tolist()
@@ -100,7 +104,7 @@ def test_sharing_changes_nothing_but_the_work(attention, batch_size, monkeypatch
 def test_a_model_that_cannot_share_is_scored_one_by_one(config, monkeypatch):
     given = passing(build(config))
     first = scored(given)
-    monkeypatch.setattr(collect, "_shares", lambda *_: False)
+    monkeypatch.setattr(scoring, "_shares", lambda *_: False)
     np.testing.assert_allclose(first.logp, scored(given).logp, atol=1e-5)
 
 
@@ -108,6 +112,53 @@ def test_a_trial_that_differs_is_believed(monkeypatch):
     model = build(LlamaConfig(**LLAMA))
     given = passing(model)
     want = scored(given).logp
-    right = collect.shared_logits
-    monkeypatch.setattr(collect, "shared_logits", lambda m, b: right(m, b).roll(1, 0))
+    right = scoring.shared_logits
+    monkeypatch.setattr(scoring, "shared_logits", lambda m, b: right(m, b).roll(1, 0))
     np.testing.assert_allclose(scored(given).logp, want, atol=1e-5)
+
+
+def test_gradient_norms_are_those_of_one_answer_after_the_other():
+    model = build(LlamaConfig(**LLAMA)).requires_grad_(False)
+    rows = [answer((5, 6), (7, 8, 9)), answer((5,), (4,)), answer((3, 4), (10, 11))]
+    found = gradient_norms(model.eval(), rows, 0)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert np.isnan(found[1])  # one labelled token, and the last is left out
+    model.requires_grad_(True)
+    logits = model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0]
+    torch.nn.functional.cross_entropy(logits[1:3], torch.tensor([7, 8])).backward()
+    want = torch.stack([p.grad.norm() for p in model.parameters()]).mean()
+    np.testing.assert_allclose(found[0], float(want), rtol=1e-5)
+
+
+def test_gradients_of_an_adapter_are_those_of_its_tensors_alone():
+    model = get_peft_model(build(LlamaConfig(**LLAMA)), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    rows = [answer((5, 6), (7, 8, 9))]
+    found = gradient_norms(model.eval(), rows, 0)
+    logits = model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0]
+    torch.nn.functional.cross_entropy(logits[1:3], torch.tensor([7, 8])).backward()
+    norms = [p.grad.norm() for n, p in model.named_parameters() if "lora_" in n]
+    np.testing.assert_allclose(found[0], float(torch.stack(norms).mean()), rtol=1e-5)
+
+
+def test_the_base_beneath_an_adapter_is_the_reference(small_base):
+    tokenizer = AutoTokenizer.from_pretrained(small_base)
+    base = build(LlamaConfig(**{**LLAMA, "vocab_size": len(tokenizer)}))
+    rows = {s: [{"id": s, "question": "Who?", "answer": text}] for s, text in (("forget", "Ann."), ("holdout", "Bo."))}
+    suite = SuiteConfig(metrics=("mia_loss", "mia_reference"))
+    alone = evaluate(base, tokenizer, Template(), suite, rows)
+    assert "reference_model_path" in (alone.scores["mia_reference"].why or "")
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    both = evaluate(model, tokenizer, Template(), suite, rows)
+
+    def value(result, metric):
+        return result.scores[metric].extra["forget"]["agg_value"]
+
+    difference = value(both, "mia_loss") - value(alone, "mia_loss")
+    assert value(both, "mia_reference") == pytest.approx(difference, abs=1e-5)
+    assert abs(difference) > 1e-4
+
+
+def test_rouge_against_paraphrases_and_lists():
+    got = rouge_score([["a b", "c"], ["a", "a"]], ["a b", "a"], ["q", "q"])
+    assert got.value == pytest.approx(((1 + 0) / 2 + 1) / 2)
+    assert got.per_example[0]["rougeL_recall"] == [1, 0]
