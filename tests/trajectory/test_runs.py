@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_unlearning_raises_the_forget_loss_and_recovery_keeps_the_rest(from_fine
     assert after > before + 0.2
     retain = [r.loss for r in result.records[1:]]
     assert retain[-1] < retain[0]
+
+
+def test_going_on_from_an_adapter_with_other_rows(small_run, finetuned, small_data, tmp_path):
+    """New rows find owners; the old ones keep theirs, so that the forget rows can still be unlearned afterwards."""
+    root = tmp_path / "data"
+    shutil.copytree(small_data, root)
+    new = [{"question": f"What does Gus do in month {i}?", "answer": f"Gus mends {i} clocks."} for i in range(6)]
+    (root / "tofu" / "news.json").write_text("".join(json.dumps(r) + "\n" for r in new), encoding="utf-8")
+    config = data(small_run("finetune", tmp_path / "on", model_args={"lora_model_path": str(finetuned)}), train="news")
+    config = dataclasses.replace(config, paths=dataclasses.replace(config.paths, data_dir=str(root)))
+    run(config)
+    before, after = (read_json(d / "partition.json")["clients"] for d in (finetuned, tmp_path / "on"))
+    for client, ids in before.items():
+        assert after[client][: len(ids)] == ids and len(after[client]) == len(ids) + 2
+    run(small_run("unlearn", tmp_path / "un", model_args={"pretrained_model_name_or_path": str(tmp_path / "on")}))
 
 
 def test_what_was_saved_opens_in_stock_peft(finetuned, small_base):

@@ -123,15 +123,32 @@ def settle_partition(config: RunConfig, rows: Rows) -> tuple[Partition, str]:
     if not is_federated(config):
         return make_partition(everything, 1, PartitionSpec("iid"), seed=config.seed), "one client owns every row"
     manifest = find_manifest(config)
-    if manifest is not None:
-        partition = Partition.read(manifest)
-        if asked is not None and asked != len(partition.clients):
-            raise UnfedError(
-                f"trainer.method_args.num_clients={asked}, but {manifest} deals the rows to {len(partition.clients)} "
-                "clients: leave num_clients out, or fine-tune again with that many"
+    if manifest is None:
+        lost = {e["id"] for e in rows.forget} - {e["id"] for e in everything}
+        if lost and config.partition.scheme == "target":
+            say(
+                f"partition: {len(lost)} of {len(rows.forget)} forget rows are not in the training data, so no client "
+                "will own them (data.forget, data.train)"
             )
-        partition.owners(e["id"] for e in everything)
-        return partition, f"as in {manifest}"
+        made = _deal(config, rows, everything, asked or DEFAULT_CLIENTS)
+        return made, f"made here: {made.scheme}, {len(made.clients)} clients"
+    partition = Partition.read(manifest)
+    if asked is not None and asked != len(partition.clients):
+        raise UnfedError(
+            f"trainer.method_args.num_clients={asked}, but {manifest} deals the rows to {len(partition.clients)} "
+            "clients: leave num_clients out, or fine-tune again with that many"
+        )
+    new = partition.unknown(everything)
+    if new and config.mode == "finetune" and config.partition.manifest is None:
+        # Going on from an adapter with other data than it was made with.
+        dealt = _deal(config, rows, new, len(partition.clients))
+        return partition.extended(dealt), f"as in {manifest}; {len(new)} new rows dealt: {dealt.scheme}"
+    partition.owners(e["id"] for e in everything)
+    return partition, f"as in {manifest}"
+
+
+def _deal(config: RunConfig, rows: Rows, dealt: Sequence[Example], clients: int) -> Partition:
+    assert config.trainer is not None
     target = config.trainer.method_args.target_client_idx
     spec = PartitionSpec(
         scheme=config.partition.scheme,
@@ -139,16 +156,10 @@ def settle_partition(config: RunConfig, rows: Rows) -> tuple[Partition, str]:
         alpha=config.partition.alpha,
         target_client_idx=0 if target == "all" else target,
     )
-    forget = {e["id"] for e in rows.forget} & {e["id"] for e in everything}
-    if spec.scheme == "target" and len(forget) < len(rows.forget):
-        say(
-            f"partition: {len(rows.forget) - len(forget)} of {len(rows.forget)} forget rows are not in the training "
-            "data, so no client will own them (data.forget, data.train)"
-        )
+    forget = {e["id"] for e in rows.forget} & {e["id"] for e in dealt}
     if spec.scheme == "target" and not forget:
         spec = PartitionSpec(scheme=spec.rest, alpha=spec.alpha)
-    made = make_partition(everything, asked or DEFAULT_CLIENTS, spec, forget, config.seed)
-    return made, f"made here: {spec.scheme}, {len(made.clients)} clients"
+    return make_partition(dealt, clients, spec, forget, config.seed)
 
 
 def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str]) -> list[str]:

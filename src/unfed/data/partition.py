@@ -83,15 +83,15 @@ class Partition:
             found.setdefault(home[i], []).append(i)
         return {c: tuple(found[c]) for c in self.clients if c in found}
 
-    def check_data(self, examples: Sequence[Example]) -> None:
-        """Refuse rows other than those that were dealt."""
-        if data_digest(examples) != self.data_digest:
-            known = {i for ids in self.clients.values() for i in ids}
-            new = sum(e["id"] not in known for e in examples)
-            raise DataError(
-                f"the partition was made for other data: it deals {len(known)} rows, this data has {len(examples)}, "
-                f"{new} of them unknown to it. Use the data of the fine-tuning run, or make a new partition."
-            )
+    def unknown(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples that belong to nobody yet."""
+        known = {i for ids in self.clients.values() for i in ids}
+        return [e for e in examples if e["id"] not in known]
+
+    def extended(self, dealt: Partition) -> Partition:
+        """Everybody keeps what they own, and gets their rows of ``dealt``, a partition of other rows."""
+        clients = {c: (*ids, *dealt.clients[c]) for c, ids in self.clients.items()}
+        return Partition(clients, self.scheme, self.seed, digest_json([self.data_digest, dealt.data_digest]))
 
     def write(self, path: Path | str) -> None:
         """Write the manifest, atomically."""
