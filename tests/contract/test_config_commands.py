@@ -116,6 +116,12 @@ def test_an_unknown_subcommand_and_help(capsys):
     assert all(name in listed for name in COMMANDS)
 
 
+@pytest.mark.parametrize("command", ["config", "plan"])
+def test_help_of_the_commands_that_only_print(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"unfed {command}" in capsys.readouterr().out
+
+
 def test_every_subcommand_exists():
     import importlib
 

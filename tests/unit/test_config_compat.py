@@ -174,3 +174,22 @@ def test_nothing_is_written(tmp_path, monkeypatch):
     problems_of("method=NPOO")
     problems_of("seed=abc")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("eval.generation.temperature=0", "must be above 0"),
+        ("eval.generation.top_p=7", "at most 1"),
+        ("trainer.args.num_train_epochs=inf", "finite"),
+        ("trainer.args.weight_decay=-1", "at least 0"),
+        ("trainer.args.bf16=maybe", "not true or false"),
+        ("partition.alpha=inf", "finite"),
+        ("collator.pad_to_multiple_of=-8", "at least 1"),
+    ],
+)
+def test_numbers_out_of_their_limits(override, said):
+    with pytest.raises(ConfigError) as caught:
+        resolve([*BASE, override], UNLEARN)
+    (problem,) = caught.value.problems
+    assert override.split("=")[0] in problem and said in problem

@@ -200,7 +200,7 @@ def test_retain_logs_of_others_are_refused(
     assert again.summary()["forget_quality"] == pytest.approx(1)
 
     other = rows(shared_dir, "forget10_perturbed", 6, start=6)
-    with pytest.raises(ArtifactError, match="another forget split: its rows are sha256"):
+    with pytest.raises(ArtifactError, match=r"another forget split \(forget\): its rows are sha256"):
         evaluate(model, tokenizer, TEMPLATE, asked, {"forget": other}, done.retain_logs())
     theirs = load_retain_logs(shared_dir / "golden" / "eval" / "tiny_retain.json")
     with pytest.raises(ArtifactError, match=r"tiny_retain\.json: .*it has 40 rows, this run has 6"):

@@ -351,3 +351,14 @@ def test_one_target_module_by_its_name(small_base):
     assert {n.split(".")[-3] for n in live_tensors(opened.model)} == {"q_proj"}
     with pytest.raises(AdapterError, match="has no q_prj"):
         load(small_base, lora_config=LoraArgs(r=2, target_modules="q_prj"))
+
+
+@pytest.mark.parametrize("pattern", ["((", "nothing.*here"])
+def test_a_pattern_of_target_modules_that_fits_nothing(small_base, pattern):
+    with pytest.raises(AdapterError, match="target_modules="):
+        load(small_base, lora_config=LoraArgs(r=2, target_modules=pattern))
+
+
+def test_a_device_that_is_not_there(small_base):
+    with pytest.raises(UnfedError, match="device_map=cuda:77"):
+        load(small_base, device_map="cuda:77")

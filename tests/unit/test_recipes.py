@@ -35,7 +35,7 @@ def test_the_target_unlearns_alone_and_all_recover():
     unlearn, recover = local_then_recover(given()).phases
     assert (unlearn.rounds, unlearn.rule, dict(unlearn.work)) == (1, "adopt", {"client_0": Work("forget", NPO(), 6.0)})
     assert (recover.rounds, recover.rule) == (3, "aggregate")
-    assert dict(recover.work) == {f"client_{i}": Work("train", NLL(), 2.0) for i in range(3)}
+    assert dict(recover.work) == {f"client_{i}": Work("train", NLL(), 2.0, shown="retain") for i in range(3)}
 
 
 @pytest.mark.parametrize("changes", [{"global_rounds": 0}, {"retainers": []}])
@@ -52,9 +52,9 @@ def test_interleaved_spreads_the_epochs_and_each_client_does_one_thing():
     (phase,) = interleaved(given(targets=["client_1"])).phases
     assert phase.rounds == 3 and phase.rule == "aggregate"
     assert dict(phase.work) == {
-        "client_0": Work("train", NLL(), 2.0),
+        "client_0": Work("train", NLL(), 2.0, shown="retain"),
         "client_1": Work("forget", NPO(), 2.0, spread=True),
-        "client_2": Work("train", NLL(), 2.0),
+        "client_2": Work("train", NLL(), 2.0, shown="retain"),
     }
     assert list(phase.work) == ["client_0", "client_1", "client_2"]
 
@@ -82,7 +82,7 @@ def test_the_table_says_who_does_what():
     table = local_then_recover(given(retainers=many)).table()
     assert table == [
         ("unlearn", "1", "client_0", "NPO on forget", "6"),
-        ("recover", "3", "client_0 .. client_4", "NLL on train", "2"),
+        ("recover", "3", "client_0 .. client_4", "NLL on retain", "2"),
     ]
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from unfed.app.progress import console, say
+from unfed.app.progress import console, say, show_scores
 from unfed.base.errors import ConfigError, DataError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
 from unfed.data.datasets import DatasetSpec, data_digest, load_rows
 from unfed.evaluation.retain_logs import load_retain_logs
-from unfed.evaluation.runner import EvalResult, evaluate, write_results
+from unfed.evaluation.runner import SUMMARY_FILE, EvalResult, evaluate, write_results
 from unfed.evaluation.suites import SuiteConfig, tofu_datasets
 from unfed.models.adapter import snapshot
 from unfed.models.generate import Budget, Decoding
@@ -95,4 +95,5 @@ def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> E
         digests["model"] = fingerprint(loaded.model)
     digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
     write_results(result, directory, digests)
+    show_scores(result.summary(), str(directory / SUMMARY_FILE))
     return result

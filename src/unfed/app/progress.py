@@ -13,6 +13,7 @@ from unfed.base.types import ServerState
 from unfed.federated.checkpoint import RoundRecord
 from unfed.federated.rounds import RoundListener
 from unfed.federated.schedule import FitTask, Schedule
+from unfed.report.page import METRICS, number
 from unfed.training.loop import StepEvent
 
 console = Console(stderr=True, soft_wrap=True)
@@ -35,6 +36,13 @@ def show_schedule(schedule: Schedule, settings: Mapping[str, Mapping[str, object
     for name, values in settings.items():
         if values:
             say(f"{name}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
+
+
+def show_scores(summary: Mapping[str, float], where: str) -> None:
+    """Print the headline scores of an evaluation, and where all of them are."""
+    shown = [(label, number(name, summary[name])) for name, (label, _) in METRICS.items() if name in summary]
+    say("; ".join(f"{label} {value}" for label, value in shown))
+    say(f"{len(summary)} scores: {where}")
 
 
 class Reporter(RoundListener):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,16 +14,26 @@ from unfed.config.schema import RunConfig
 
 USER_ERROR = 2
 INTERRUPTED = 130
+KNOWN_WARNINGS = (
+    r"`is_gradient_checkpointing` is deprecated",  # transformers about PEFT's use of it
+    r"The PEFT config's `base_model_name_or_path` was renamed",  # a path and its absolute form
+)
+"""Warnings of libraries about each other that a user can do nothing about."""
 
 
 def guarded(command: Callable[[], int]) -> int:
     """Run a command; what the user can mend ends in its message on stderr and 2, Ctrl-C in 130."""
+    for known in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=known)
     try:
         return command()
     except UnfedError as e:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {e}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last finished round with resume=true", file=sys.stderr)

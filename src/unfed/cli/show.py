@@ -15,13 +15,26 @@ DEFAULT = "unlearn-lora.yaml"
 def config(argv: Sequence[str] | None = None) -> int:
     """``unfed config <the arguments of a run>``: the resolved run as YAML. ``--config-name`` as for the run."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return guarded(lambda: _config(given))
+    return guarded(lambda: _config(given)) if not _asks_for_help(given) else _help("config", "the resolved run")
 
 
 def plan(argv: Sequence[str] | None = None) -> int:
     """``unfed plan <the arguments of a run>``: parameters, traffic and an estimate of memory."""
     given = sys.argv[1:] if argv is None else list(argv)
-    return guarded(lambda: _plan(given))
+    return guarded(lambda: _plan(given)) if not _asks_for_help(given) else _help("plan", "parameters, traffic, memory")
+
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(argv))
+
+
+def _help(command: str, what: str) -> int:
+    print(
+        f"unfed {command} [--config-name=NAME] <the overrides of a run>: print {what}.\n\n"
+        f"Example: unfed {command} --config-name={DEFAULT} experiment=unlearn/tofu/default task_name=look\n"
+        "The overrides are those of unfed train, unlearn and evaluate; unfed unlearn --help lists them."
+    )
+    return 0
 
 
 def _config(argv: Sequence[str]) -> int:

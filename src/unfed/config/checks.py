@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,8 +203,11 @@ def datasets(data: DataConfig) -> list[tuple[str, DatasetConfig]]:
 def _limits(config: RunConfig) -> Iterator[str]:
     if not config.task_name.strip() or Path(config.task_name).is_absolute() or ".." in Path(config.task_name).parts:
         yield f"task_name={config.task_name}: must be a name, or a path below saves/{config.mode}"
-    if config.partition.alpha <= 0:
-        yield f"partition.alpha={config.partition.alpha}: must be above 0"
+    if not 0 < config.partition.alpha < math.inf:
+        yield f"partition.alpha={config.partition.alpha}: must be above 0, and finite"
+    multiple = config.collator.pad_to_multiple_of
+    if multiple is not None and multiple < 1:
+        yield f"collator.pad_to_multiple_of={multiple}: must be at least 1"
     if config.engine.keep_checkpoints < 1:
         yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
     if config.eval is None:
@@ -214,5 +218,9 @@ def _limits(config: RunConfig) -> Iterator[str]:
     if config.mode == "eval" and not e.enabled:
         yield "eval.enabled=false: mode eval has nothing else to do"
     numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
+    if not 0 < e.generation.temperature < math.inf:
+        yield f"eval.generation.temperature={e.generation.temperature}: must be above 0 (do_sample=false is greedy)"
+    if not 0 < e.generation.top_p <= 1:
+        yield f"eval.generation.top_p={e.generation.top_p}: must be above 0 and at most 1"
     numbers["generation.max_new_tokens"] = e.generation.max_new_tokens
     yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)

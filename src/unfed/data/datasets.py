@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -85,6 +86,8 @@ def preflight(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[str
             file = local_file(part, data_dir)
             if part.path == FICTIONAL:
                 _texts(fictional.split_rows(part.name)[0], f"fictional/{part.name} row 1", part)
+            elif file is None and "/" not in part.path and difflib.get_close_matches(part.path.lower(), [FICTIONAL]):
+                return [f"dataset={part.path}: no such data set; did you mean {FICTIONAL!r}?"]
             elif file is not None:
                 line, row = next(read_json_lines(file), (0, None))
                 if row is None:

@@ -59,8 +59,8 @@ class RetainLogs:
         known = _digest(self.metrics, split)
         if known is not None and known != digest:
             raise ArtifactError(
-                f"{self.name} (retain_logs_path): the retain log is of another {split} split: its rows are {known}, "
-                f"this run's are {digest}"
+                f"{self.name} (retain_logs_path): the retain log is of another {split} split"
+                f"{_named(self.metrics, split)}: its rows are {known}, this run's are {digest}"
             )
 
     def check_split(self, answers: Sequence[str], digest: str) -> None:
@@ -82,6 +82,11 @@ class RetainLogs:
                 raise ArtifactError(
                     f"{refuse}the answer of row {key} is {str(truth)[:60]!r} there and {here[:60]!r} here"
                 )
+
+
+def _named(metrics: Mapping[str, Any], split: str) -> str:
+    name = metrics[RUN_KEY]["splits"][split].get("name")
+    return f" ({name})" if name else ""
 
 
 def _digest(metrics: Mapping[str, Any], split: str) -> str | None:

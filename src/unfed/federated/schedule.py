@@ -27,6 +27,12 @@ class Work:
     objective: Objective
     epochs: float
     spread: bool = False
+    shown: str | None = None
+
+    @property
+    def rows_name(self) -> str:
+        """What a reader calls the rows: in an unlearning run a client's ``train`` rows are those that it retains."""
+        return self.shown or self.rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Schedule:
         for phase in self.phases:
             by_work: dict[tuple[str, str, float], list[str]] = {}
             for client, work in phase.work.items():
-                by_work.setdefault((work.objective.name, work.rows, work.epochs), []).append(client)
+                by_work.setdefault((work.objective.name, work.rows_name, work.epochs), []).append(client)
             for (objective, split, epochs), clients in by_work.items():
                 who = ", ".join(clients) if len(clients) <= 3 else f"{clients[0]} .. {clients[-1]}"
                 rows.append((phase.name, str(phase.rounds), who, f"{objective} on {split}", f"{epochs:g}"))

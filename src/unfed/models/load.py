@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,10 @@ def _open_base(args: ModelArgs, source: ModelSource, attn: str) -> PreTrainedMod
         model = AutoModelForCausalLM.from_pretrained(source.base, use_safetensors=source.gguf_file is None, **options)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         raise UnfedError(f"cannot open the model {source.base}: {_first_line(e)}") from e
+    except (AssertionError, RuntimeError) as e:  # torch's words for a device that is not there
+        if args.device_map is None or isinstance(e, torch.OutOfMemoryError):
+            raise
+        raise UnfedError(f"model.model_args.device_map={args.device_map}: {_first_line(e)}") from e
     if any(".lora_" in n for n, _ in model.named_parameters()):
         raise AdapterError(f"{source.base} already carries LoRA layers; name it as an adapter directory instead")
     return model
@@ -205,7 +210,11 @@ def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -
     config.base_model_name_or_path = base
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora_init"))
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+        try:
+            peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+        except (ValueError, re.error) as e:  # a pattern that matches nothing, or is none
+            key = "model.model_args.lora_config"
+            raise AdapterError(f"{key}: target_modules={lora.target_modules}: {_first_line(e)}") from e
     config.base_model_name_or_path = base  # PEFT writes the path it was opened from
     assert isinstance(peft_model, PeftModel)
     return peft_model

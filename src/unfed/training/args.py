@@ -85,7 +85,8 @@ class LoopArgs:
             for name, ok, what in (
                 ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
                 ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
-                ("num_train_epochs", self.num_train_epochs > 0, "above 0"),
+                ("num_train_epochs", 0 < self.num_train_epochs < math.inf, "above 0, and finite"),
+                ("weight_decay", self.weight_decay >= 0, "at least 0"),
                 ("learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"),
                 ("warmup_ratio", 0 <= self.warmup_ratio <= 1, "between 0 and 1"),
                 ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
@@ -166,6 +167,9 @@ def loop_args(args: Mapping[str, Any]) -> LoopArgs:
                 kind = "whole number" if number is _whole else "number"
                 problems.append(f"trainer.args.{spec.name}={value!r}: not a {kind}")
                 continue
+        if str(spec.type) in {"bool", "bool | None"} and type(value) not in {bool, type(None)}:
+            problems.append(f"trainer.args.{spec.name}={value!r}: not true or false")
+            continue
         if spec.name == "report_to":
             value = (value,) if isinstance(value, str) else tuple(value or ())
         if value is None and spec.name == "lr_scheduler_kwargs":

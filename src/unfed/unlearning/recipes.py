@@ -63,7 +63,7 @@ def interleaved(given: Ingredients) -> Schedule:
 
 
 def _retain_work(given: Ingredients, clients: Sequence[str]) -> dict[str, Work]:
-    return {c: Work("train", given.retain, given.local_epochs) for c in clients}
+    return {c: Work("train", given.retain, given.local_epochs, shown="retain") for c in clients}
 
 
 RECIPES = {"local_then_recover": local_then_recover, "interleaved": interleaved}
