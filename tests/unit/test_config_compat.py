@@ -185,6 +185,9 @@ def test_nothing_is_written(tmp_path, monkeypatch):
         ("trainer.args.weight_decay=-1", "at least 0"),
         ("trainer.args.bf16=maybe", "not true or false"),
         ("partition.alpha=inf", "finite"),
+        ("trainer.args.learning_rate=1e400", "above 0"),
+        ("trainer.method_args.unlearn_epochs=nan", "above 0"),
+        ("trainer.method_args.unlearn_epochs=inf", "above 0"),
         ("collator.pad_to_multiple_of=-8", "at least 1"),
     ],
 )
@@ -193,3 +196,8 @@ def test_numbers_out_of_their_limits(override, said):
         resolve([*BASE, override], UNLEARN)
     (problem,) = caught.value.problems
     assert override.split("=")[0] in problem and said in problem
+
+
+def test_the_directory_of_all_runs_is_no_run():
+    with pytest.raises(ConfigError, match=r"task_name=\.: must be a name"):
+        resolve(["task_name=."], UNLEARN)

@@ -18,7 +18,7 @@ from unfed.config.schema import EvalConfig, RunConfig
 from unfed.data.datasets import DatasetSpec, data_digest, load_rows
 from unfed.evaluation.retain_logs import load_retain_logs
 from unfed.evaluation.runner import SUMMARY_FILE, EvalResult, evaluate, write_results
-from unfed.evaluation.suites import SuiteConfig, tofu_datasets
+from unfed.evaluation.suites import TOFU_DEFAULT, SuiteConfig, tofu_datasets
 from unfed.models.adapter import snapshot
 from unfed.models.generate import Budget, Decoding
 from unfed.models.load import LoadedModel, fingerprint, load_model
@@ -95,5 +95,8 @@ def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> E
         digests["model"] = fingerprint(loaded.model)
     digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
     write_results(result, directory, digests)
+    for name, score in result.scores.items():
+        if score.value is None and name in (config.eval.metrics or TOFU_DEFAULT):
+            say(f"{name}: no value: {score.why}")
     show_scores(result.summary(), str(directory / SUMMARY_FILE))
     return result

@@ -143,8 +143,8 @@ def _federation(config: RunConfig) -> Iterator[str]:
     fewest = 0 if config.mode == "unlearn" and a.schedule == "local_then_recover" else 1
     if a.global_rounds < fewest:
         yield f"{prefix}.global_rounds={a.global_rounds}: must be at least {fewest}"
-    if a.unlearn_epochs is not None and a.unlearn_epochs <= 0:
-        yield f"{prefix}.unlearn_epochs={a.unlearn_epochs}: must be above 0"
+    if a.unlearn_epochs is not None and not 0 < a.unlearn_epochs < math.inf:
+        yield f"{prefix}.unlearn_epochs={a.unlearn_epochs}: must be above 0, and finite"
 
 
 def _lora(config: RunConfig) -> Iterator[str]:
@@ -201,7 +201,8 @@ def datasets(data: DataConfig) -> list[tuple[str, DatasetConfig]]:
 
 
 def _limits(config: RunConfig) -> Iterator[str]:
-    if not config.task_name.strip() or Path(config.task_name).is_absolute() or ".." in Path(config.task_name).parts:
+    parts = Path(config.task_name).parts  # "." has none: its directory would be the one that holds all runs
+    if not config.task_name.strip() or not parts or Path(config.task_name).is_absolute() or ".." in parts:
         yield f"task_name={config.task_name}: must be a name, or a path below saves/{config.mode}"
     if not 0 < config.partition.alpha < math.inf:
         yield f"partition.alpha={config.partition.alpha}: must be above 0, and finite"

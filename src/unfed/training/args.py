@@ -87,7 +87,7 @@ class LoopArgs:
                 ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
                 ("num_train_epochs", 0 < self.num_train_epochs < math.inf, "above 0, and finite"),
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
-                ("learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"),
+                ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "above 0"),
                 ("warmup_ratio", 0 <= self.warmup_ratio <= 1, "between 0 and 1"),
                 ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
                 ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
