@@ -201,3 +201,18 @@ def test_numbers_out_of_their_limits(override, said):
 def test_the_directory_of_all_runs_is_no_run():
     with pytest.raises(ConfigError, match=r"task_name=\.: must be a name"):
         resolve(["task_name=."], UNLEARN)
+
+
+def test_a_broken_file_of_the_evaluation_is_found_before_the_training(tmp_path):
+    from unfed.config.preflight import preflight
+    from unfed.data.fictional import write_tofu_folder
+
+    write_tofu_folder(tmp_path / "tofu")
+    given = ["task_name=t", "experiment=unlearn/tofu/default", f"paths.data_dir={tmp_path}"]
+    given += ["forget_split=forget25", "retain_split=retain75", f"paths.output_dir={tmp_path / 'out'}"]
+    assert not [p for p in preflight(resolve(given, UNLEARN)) if "tofu" in p]
+    file = tmp_path / "tofu" / "retain_perturbed.json"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], "{oops", *lines[2:]]))
+    assert [p for p in preflight(resolve(given, UNLEARN)) if f"{file}:2" in p]
+    assert not [p for p in preflight(resolve([*given, "eval=null"], UNLEARN)) if f"{file}:2" in p]

@@ -45,6 +45,28 @@ def _data_files(config: RunConfig) -> Iterator[str]:
     yield from dict.fromkeys(found)
 
 
+def _evaluation_files(config: RunConfig) -> Iterator[str]:
+    """Every line of the evaluation's local files: they are read after the training, which a broken one would waste.
+
+    A split that is not there is left out of the evaluation, and said then.
+    """
+    from unfed.data.datasets import DatasetSpec, local_file, read_json_lines
+    from unfed.evaluation.suites import tofu_datasets
+
+    if config.eval is None or not config.eval.enabled:
+        return
+    for name in tofu_datasets(config.eval.forget_split, config.eval.holdout_split).values():
+        try:
+            file = local_file(DatasetSpec(config.eval.path, name), config.paths.data_dir)
+        except DataError:
+            continue
+        try:
+            for _ in read_json_lines(file) if file is not None else ():
+                pass
+        except DataError as e:
+            yield str(e)
+
+
 def _other_files(config: RunConfig) -> Iterator[str]:
     named = {"partition.manifest": config.partition.manifest, "data.idk": config.data.idk}
     if config.eval is not None:
@@ -89,6 +111,7 @@ PREFLIGHT: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_files,
     _reference_model,
     _data_files,
+    _evaluation_files,
     _other_files,
     _manifest,
     _output,
