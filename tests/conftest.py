@@ -209,6 +209,17 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory, small_run) -> Path:
     return run(small_run("finetune", tmp_path_factory.mktemp("small_saves") / "finetune")).directory
 
 
+@pytest.fixture
+def from_finetuned(small_run, finetuned):
+    """Configuration of an unlearning run that starts from the fine-tuned adapter's directory."""
+
+    def make(output, **given):
+        args = {"pretrained_model_name_or_path": str(finetuned)} | given.pop("model_args", {})
+        return small_run("unlearn", output, model_args=args, **given)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def small_local(small_base: Path):
     """Makes a ``Local`` over the small model: keywords are ``trainer.args``, but ``lora`` and ``dtype``."""

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unfed.base.types import Example
 from unfed.data.chat import Template
 from unfed.data.datasets import DatasetSpec, load_rows
+from unfed.data.spec import tofu_datasets
 from unfed.evaluation.retain_logs import RUN_KEY, load_retain_logs
 from unfed.evaluation.runner import EvalResult, evaluate
-from unfed.evaluation.suites import TOFU_METRICS, SuiteConfig, tofu_datasets
+from unfed.evaluation.suites import TOFU_METRICS, SuiteConfig
 from unfed.models.generate import Budget
 
 MODELS = ("tiny", "tiny_retain")

@@ -63,17 +63,6 @@ def task(objective=None, rows="train", *, round_=0, rounds=1, names=("a",), epoc
     return FitTask(Phase("p", rounds, dict.fromkeys(names, work)), round_, round_)
 
 
-@pytest.fixture
-def from_finetuned(small_run, finetuned):
-    """Configuration of an unlearning run that starts from the fine-tuned adapter's directory."""
-
-    def make(output, **given):
-        args = {"pretrained_model_name_or_path": str(finetuned)} | given.pop("model_args", {})
-        return small_run("unlearn", output, model_args=args, **given)
-
-    return make
-
-
 # --- the adapter ------------------------------------------------------------------------------------------------------
 
 

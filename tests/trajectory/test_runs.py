@@ -25,15 +25,6 @@ from unfed.federated.client import Client
 IDS = torch.tensor([[1, 9, 12, 40, 7, 2], [1, 30, 31, 32, 33, 34]])
 
 
-@pytest.fixture
-def from_finetuned(small_run, finetuned):
-    def make(output, **given):
-        args = {"pretrained_model_name_or_path": str(finetuned)} | given.pop("model_args", {})
-        return small_run("unlearn", output, model_args=args, **given)
-
-    return make
-
-
 def weights(directory: Path) -> AdapterState:
     return read_tensors(directory / "adapter_model.safetensors")
 

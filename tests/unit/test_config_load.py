@@ -265,7 +265,7 @@ def test_an_output_directory_that_is_a_file_is_refused(altered, tmp_path):
 
 
 def test_the_holdout_follows_the_forget_split():
-    from unfed.evaluation.suites import tofu_datasets
+    from unfed.data.spec import tofu_datasets
 
     assert tofu_datasets("forget01")["holdout"] == "holdout01"
     assert tofu_datasets("forget05", "mine")["holdout"] == "mine"

@@ -71,6 +71,15 @@ def test_a_shared_row_by_hand():
     assert shared_width([answer((7, 8), (3, 4, 5)), answer((7, 8), (6, 2))]) == 5
 
 
+def test_a_batch_of_answers_that_were_cut_away_scores_nothing():
+    """Batches hold the longest questions first, and of those max_length may have left no answer."""
+    given, (long, short) = passing(build(LlamaConfig(**LLAMA)), budget=Budget(batch_size=1)), ((9,) * 12, (4, 5))
+    rows = [answer(long, ()), answer(long, ()), answer(short, (6, 7)), answer(short, (8,))]
+    with torch.no_grad():
+        found = scoring.score(given, rows, [False] * 4)
+    assert found.lengths.tolist() == [0, 0, 2, 1] and np.isfinite(found.logp).all()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_sharing_changes_nothing_but_the_work(attention, batch_size, monkeypatch):

@@ -15,7 +15,7 @@ from unfed.models.generate import inference
 from unfed.objectives.nll import NLL
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Companions
-from unfed.training.extent import Extent, Part, Window
+from unfed.training.extent import Extent, Share
 from unfed.training.loop import LocalTask, mean_nll
 
 
@@ -27,7 +27,7 @@ def task(
         TrainRows({"train": list(examples)}), "train", frozenset({"train"}), a.per_device_train_batch_size,
         a.gradient_accumulation_steps, path, a.dataloader_num_workers,
     )  # fmt: skip
-    return LocalTask(plan, objective or NLL(), epochs, window or Window(), on_step, part or Part())
+    return LocalTask(plan, objective or NLL(), epochs, window or Share(), on_step, part or Share())
 
 
 def train(local, examples, **given):
@@ -109,7 +109,7 @@ def test_the_schedule_is_transformers_own_over_the_clients_steps(small_local, sm
 
 def test_windows_of_a_phase_are_one_schedule(small_local, small_examples):
     whole = rates(small_local(), small_examples, epochs=3)
-    parts = [r for i in range(3) for r in rates(small_local(), small_examples, window=Window(i, 3))]
+    parts = [r for i in range(3) for r in rates(small_local(), small_examples, window=Share(i, 3))]
     assert parts == pytest.approx(whole) and sorted(whole, reverse=True) == whole and len(set(whole)) == 15
 
 
@@ -264,17 +264,17 @@ def test_parts_of_a_run_take_its_steps_in_order(small_local, small_examples):
         ]
         return counts, rows
 
-    whole = seen(small_local(), [Part()], 2.0)
-    dealt = seen(small_local(), [Part(i, 4) for i in range(4)], 0.5)
+    whole = seen(small_local(), [Share()], 2.0)
+    dealt = seen(small_local(), [Share(i, 4) for i in range(4)], 0.5)
     assert whole[0] == [10] and dealt[0] == [2, 3, 2, 3]
     assert dealt[1] == whole[1]
-    assert seen(small_local(), [Part(i, 7) for i in range(7)], 0.1)[0] == [1] * 7, "a step at least in each"
+    assert seen(small_local(), [Share(i, 7) for i in range(7)], 0.1)[0] == [1] * 7, "a step at least in each"
 
 
 def test_parts_of_a_run_share_one_learning_rate_schedule(small_local, small_examples):
     whole = rates(small_local(), small_examples, epochs=2.0)
     local = small_local()
     parts = [
-        r for i in range(4) for r in rates(local, small_examples, epochs=0.5, window=Window(i, 4), part=Part(i, 4))
+        r for i in range(4) for r in rates(local, small_examples, epochs=0.5, window=Share(i, 4), part=Share(i, 4))
     ]
     assert parts == pytest.approx(whole)

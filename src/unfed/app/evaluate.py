@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -16,15 +15,14 @@ from unfed.base.errors import ConfigError, DataError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
 from unfed.data.datasets import DatasetSpec, data_digest, load_rows
+from unfed.data.spec import tofu_datasets
 from unfed.evaluation.retain_logs import load_retain_logs
 from unfed.evaluation.runner import SUMMARY_FILE, EvalResult, evaluate, write_results
-from unfed.evaluation.suites import TOFU_DEFAULT, SuiteConfig, tofu_datasets
+from unfed.evaluation.suites import TOFU_DEFAULT, SuiteConfig
 from unfed.models.adapter import snapshot
 from unfed.models.generate import Budget, Decoding
 from unfed.models.load import LoadedModel, fingerprint, load_model
 from unfed.models.spec import TokenizerArgs
-
-log = logging.getLogger(__name__)
 
 
 def evaluation_rows(config: EvalConfig, data_dir: str | None) -> dict[str, list[Example]]:

@@ -13,7 +13,7 @@ from unfed.base.types import ServerState
 from unfed.federated.checkpoint import RoundRecord
 from unfed.federated.rounds import RoundListener
 from unfed.federated.schedule import FitTask, Schedule
-from unfed.report.page import METRICS, number
+from unfed.report.labels import METRICS, number
 from unfed.training.loop import StepEvent
 
 console = Console(stderr=True, soft_wrap=True)

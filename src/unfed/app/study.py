@@ -19,7 +19,8 @@ from unfed.base.artifacts import read_json, write_json
 from unfed.config.schema import RunConfig
 from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE
 from unfed.federated.checkpoint import RoundRecord
-from unfed.report.page import METRICS, Answer, Cost, StudyReport, number, verdict, write_report
+from unfed.report.labels import METRICS, number
+from unfed.report.page import Answer, Cost, StudyReport, verdict, write_report
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ def _stage(name: str, config: RunConfig, *, keep: bool) -> bool:
     return False
 
 
-def _lasting(config: Any) -> Any:
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what only says how to start."""
-    return {k: v for k, v in config.items() if k not in {"resume", "overwrite"}} if isinstance(config, dict) else config
+    return {k: v for k, v in config.items() if k not in {"resume", "overwrite"}}
 
 
 def _clear(study: Study) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unfed.cli.launch import guarded
@@ -14,21 +14,18 @@ DEFAULT = "unlearn-lora.yaml"
 
 def config(argv: Sequence[str] | None = None) -> int:
     """``unfed config <the arguments of a run>``: the resolved run as YAML. ``--config-name`` as for the run."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    return guarded(lambda: _config(given)) if not _asks_for_help(given) else _help("config", "the resolved run")
+    return _show("config", "the resolved run", _config, argv)
 
 
 def plan(argv: Sequence[str] | None = None) -> int:
     """``unfed plan <the arguments of a run>``: parameters, traffic and an estimate of memory."""
+    return _show("plan", "parameters, traffic, memory", _plan, argv)
+
+
+def _show(command: str, what: str, work: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
-    return guarded(lambda: _plan(given)) if not _asks_for_help(given) else _help("plan", "parameters, traffic, memory")
-
-
-def _asks_for_help(argv: Sequence[str]) -> bool:
-    return bool({"-h", "--help"} & set(argv))
-
-
-def _help(command: str, what: str) -> int:
+    if not {"-h", "--help"} & set(given):
+        return guarded(lambda: work(given))
     print(
         f"unfed {command} [--config-name=NAME] <the overrides of a run>: print {what}.\n\n"
         f"Example: unfed {command} --config-name={DEFAULT} experiment=unlearn/tofu/default task_name=look\n"

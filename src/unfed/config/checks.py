@@ -218,10 +218,10 @@ def _limits(config: RunConfig) -> Iterator[str]:
     e = config.eval
     if config.mode == "eval" and not e.enabled:
         yield "eval.enabled=false: mode eval has nothing else to do"
-    numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
     if not 0 < e.generation.temperature < math.inf:
         yield f"eval.generation.temperature={e.generation.temperature}: must be above 0 (do_sample=false is greedy)"
     if not 0 < e.generation.top_p <= 1:
         yield f"eval.generation.top_p={e.generation.top_p}: must be above 0 and at most 1"
+    numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
     numbers["generation.max_new_tokens"] = e.generation.max_new_tokens
     yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)

@@ -9,12 +9,13 @@ from pathlib import Path
 from unfed.base.errors import DataError, UnfedError
 from unfed.config.checks import datasets
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
+from unfed.data.spec import tofu_datasets
 from unfed.models.source import path_problem, resolve_source
 
 
 def preflight(config: RunConfig) -> list[str]:
     """What is wrong on disk, each problem with its key. Nothing is written, and no network is asked."""
-    return [problem for check in PREFLIGHT for problem in check(config)]
+    return list(dict.fromkeys(problem for check in PREFLIGHT for problem in check(config)))
 
 
 def _model_files(config: RunConfig) -> Iterator[str]:
@@ -36,13 +37,13 @@ def _data_files(config: RunConfig) -> Iterator[str]:
 
     sets = {(d.path, d.name): d for _, d in datasets(config.data)}
     if config.eval is not None and config.eval.enabled:
-        name = f"{config.eval.forget_split}_perturbed"
+        name = tofu_datasets(config.eval.forget_split)["forget"]
         sets[config.eval.path, name] = DatasetConfig(config.eval.path, name)
     try:
         found = [problem for spec in sets.values() for problem in look(spec, config.paths.data_dir)]
     except DataError as e:
         found = [str(e)]
-    yield from dict.fromkeys(found)
+    yield from found
 
 
 def _evaluation_files(config: RunConfig) -> Iterator[str]:
@@ -51,7 +52,6 @@ def _evaluation_files(config: RunConfig) -> Iterator[str]:
     A split that is not there is left out of the evaluation, and said then.
     """
     from unfed.data.datasets import DatasetSpec, local_file, read_json_lines
-    from unfed.evaluation.suites import tofu_datasets
 
     if config.eval is None or not config.eval.enabled:
         return

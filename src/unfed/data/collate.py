@@ -74,7 +74,8 @@ def collate_shared(groups: Sequence[Sequence[EncodedExample]], pad_token_id: int
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         position_ids[row, : len(ids)] = torch.tensor(positions, dtype=torch.long)
         parts[row, : len(ids)] = torch.tensor(own, dtype=torch.long)
-    return SharedBatch(input_ids, position_ids, parts, torch.tensor(predictors), torch.tensor(labels))
+    flat = (torch.tensor(values, dtype=torch.long) for values in (predictors, labels))
+    return SharedBatch(input_ids, position_ids, parts, *flat)
 
 
 def length_grouped_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,3 +51,20 @@ class DatasetSpec:
     def folder(self) -> str:
         """The local folder's name: ``locuslab/TOFU`` -> ``tofu``."""
         return self.path.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def tofu_datasets(forget_split: str = "forget10", holdout_split: str | None = None) -> dict[str, str]:
+    """Split -> data set name of a TOFU evaluation (``forget10`` -> ``forget10_perturbed``).
+
+    The holdout rows that TOFU made for ``forget10`` are ``holdout10``. Another forget split has a holdout only by
+    ``holdout_split``.
+    """
+    found = {
+        "forget": f"{forget_split}_perturbed",
+        "retain": "retain_perturbed",
+        "real_authors": "real_authors_perturbed",
+        "world_facts": "world_facts_perturbed",
+    }
+    named = re.fullmatch(r"forget(\d+)", forget_split)
+    holdout = holdout_split or (f"holdout{named[1]}" if named else None)
+    return found if holdout is None else {**found, "holdout": holdout}

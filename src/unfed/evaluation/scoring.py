@@ -100,7 +100,7 @@ def _forward(given: Pass, encoded: Sequence[EncodedExample]) -> Iterator[tuple[l
     for i, e in enumerate(encoded):
         prompts.setdefault(shared_prefix(e), []).append(i)
     groups = [g for own in prompts.values() for g in _portions(own, encoded, given.budget.max_tokens)]
-    if len(groups) < len(encoded) and not given.mask_pad_ids and _shares(given, encoded, groups):
+    if not given.mask_pad_ids and _shares(given, encoded, groups):
         for own in given.budget.batches([_shared_cost([encoded[i] for i in g]) for g in groups]):
             batch = collate_shared([[encoded[i] for i in groups[g]] for g in own], pad).to(device)
             yield [i for g in own for i in groups[g]], shared_logits(given.model, batch), batch.labels

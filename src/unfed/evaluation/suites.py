@@ -6,7 +6,6 @@ runner collects the union of the needs in one pass and then asks each metric for
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -127,23 +126,6 @@ class SuiteConfig:
     parity: Literal["openunlearning"] | None = None
     progress: Progress | None = field(default=None, compare=False)
     reference: Callable[[], AbstractContextManager[nn.Module]] | None = field(default=None, compare=False)
-
-
-def tofu_datasets(forget_split: str = "forget10", holdout_split: str | None = None) -> dict[str, str]:
-    """Split -> data set name of a TOFU evaluation (``forget10`` -> ``forget10_perturbed``).
-
-    The holdout rows that TOFU made for ``forget10`` are ``holdout10``. Another forget split has a holdout only by
-    ``holdout_split``.
-    """
-    found = {
-        "forget": f"{forget_split}_perturbed",
-        "retain": "retain_perturbed",
-        "real_authors": "real_authors_perturbed",
-        "world_facts": "world_facts_perturbed",
-    }
-    named = re.fullmatch(r"forget(\d+)", forget_split)
-    holdout = holdout_split or (f"holdout{named[1]}" if named else None)
-    return found if holdout is None else {**found, "holdout": holdout}
 
 
 def select(names: Sequence[str]) -> tuple[Metric, ...]:

@@ -13,7 +13,7 @@ from unfed.models.adapter import restore, snapshot
 from unfed.objectives.base import Objective
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Anchor, Companions, Reference
-from unfed.training.extent import Part, Window
+from unfed.training.extent import Share
 from unfed.training.loop import Local, LocalTask, StepEvent
 
 
@@ -59,22 +59,19 @@ class Client:
             seed_path=("fit", task.phase.name if work.spread else task.round, client_id),
             workers=self.local.args.dataloader_num_workers,
         )
-        on_step = self.on_step
+        on_step, whole = self.on_step, Share(task.phase_round, task.phase.rounds)
         local_task = LocalTask(
             plan,
             work.objective,
             work.epochs,
-            self._window(task),
+            whole if self.lr_per_phase else Share(),
             None if on_step is None else lambda event: on_step(task, client_id, event),
-            Part(task.phase_round, task.phase.rounds) if work.spread else Part(),
+            whole if work.spread else Share(),
         )
         result = self.local.train(local_task, self._beside(work.objective, plan, adapter))
         self.curves.setdefault(task.phase.name, []).append(result.curve)
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
         return ClientUpdate(client_id, snapshot(self.local.model), result.num_examples, _finite(metrics))
-
-    def _window(self, task: FitTask) -> Window:
-        return Window(task.phase_round, task.phase.rounds) if self.lr_per_phase else Window()
 
     def _beside(self, objective: Objective, plan: BatchPlan, adapter: AdapterState) -> Companions:
         anchor = Anchor(self.local.model, adapter) if objective.needs.anchor else None

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def _first_line(e: Exception) -> str:
 
 
 def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -> PeftModel:
-    missing = missing_targets(model, lora.target_modules)
+    missing = missing_targets(model, lora.targets())
     if missing:
         linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         raise AdapterError(
@@ -220,12 +221,10 @@ def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -
     return peft_model
 
 
-def missing_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
+def missing_targets(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
     """Target modules that the model does not have (``all-linear`` and regular expressions are PEFT's to check)."""
     if isinstance(targets, str):
-        if not targets.isidentifier():
-            return []
-        targets = (targets,)
+        return []
     names = [n for n, _ in model.named_modules()]
     return [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
 

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Window:
-    """Where a call to :func:`train` lies in its learning-rate schedule: ``index`` of ``count`` equal calls."""
+class Share:
+    """Call number ``index`` of ``count`` to :func:`unfed.training.loop.Local.train` that make up one whole."""
 
     index: int = 0
     count: int = 1
 
     def extent(self, steps: int) -> Extent:
-        """The schedule's extent when every call takes so many steps."""
+        """The whole's extent when every call takes so many steps."""
         return Extent(steps * self.count, steps * self.index)
+
+    def steps(self, total: int) -> tuple[int, int]:
+        """First step of this call and the one after its last, when all calls together take ``total``."""
+        return total * self.index // self.count, total * (self.index + 1) // self.count
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,3 @@ class Extent:
 
     total: int
     before: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which share of one longer run over the rows a call to :func:`train` is: ``index`` of ``count``."""
-
-    index: int = 0
-    count: int = 1
-
-    def steps(self, total: int) -> tuple[int, int]:
-        """First step and the one after the last, of ``total``."""
-        return total * self.index // self.count, total * (self.index + 1) // self.count

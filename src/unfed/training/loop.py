@@ -31,7 +31,7 @@ from unfed.objectives.base import Objective
 from unfed.training.args import LoopArgs, usable_optimizer
 from unfed.training.batches import BatchPlan, Collation, Step, steps_per_epoch
 from unfed.training.context import Companions, ModelContext
-from unfed.training.extent import Extent, Part, Window
+from unfed.training.extent import Extent, Share
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ class StepEvent:
 class LocalTask:
     """What to train on, for how long, with which objective.
 
-    ``epochs`` are those of this call; where it is a ``part`` of several, all together take ``epochs * part.count``.
+    ``window``: this call's share of the learning-rate schedule. ``part``: its share of one run over the rows;
+    ``epochs`` are those of this call, all parts together take ``epochs * part.count``.
     """
 
     plan: BatchPlan
     objective: Objective
     epochs: float
-    window: Window = field(default_factory=Window)
+    window: Share = field(default_factory=Share)
     on_step: Callable[[StepEvent], None] | None = None
-    part: Part = field(default_factory=Part)
+    part: Share = field(default_factory=Share)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Local:
         # Settle the devices now: TrainingArguments resets Accelerate's state when it is first asked.
         _ = self._hf_args.device
         self.accelerator = _accelerator(args)
-        self._fresh_scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        scaler = self.accelerator.scaler
+        self._fresh_scaler = {} if scaler is None else scaler.state_dict()
         self._try_settings()
 
     def train(self, task: LocalTask, beside: Companions) -> TrainResult:
@@ -124,7 +126,7 @@ class Local:
         was_training = self.model.training
         self.model.train()
         torch.manual_seed(derive_seed(self.seed, *task.plan.seed_path, "dropout", *([first] if first else [])))
-        if self._fresh_scaler is not None and self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None:
             # What one client's overflow taught it must not reach the next client; a resumed run would not know it.
             self.accelerator.scaler.load_state_dict(self._fresh_scaler)
         log = _LossLog(self.args.logging_steps, total, task.on_step)
