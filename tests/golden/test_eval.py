@@ -12,15 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unfed.base.types import Example
+from unfed.data.benchmarks import tofu_splits
 from unfed.data.chat import Template
 from unfed.data.datasets import DatasetSpec, load_rows
-from unfed.data.spec import tofu_datasets
-from unfed.evaluation.retain_logs import RUN_KEY, load_retain_logs
+from unfed.evaluation.logs import RUN_KEY, load_model_logs
 from unfed.evaluation.runner import EvalResult, evaluate
-from unfed.evaluation.suites import TOFU_METRICS, SuiteConfig
+from unfed.evaluation.suites import SuiteConfig
+from unfed.evaluation.tofu import TOFU
 from unfed.models.generate import Budget
 
 MODELS = ("tiny", "tiny_retain")
+EVERY = tuple(m for m in TOFU.metrics if m != "forget_Q_A_gibberish")  # that one asks a model of the hub
 WHOLE = ("real_authors", "world_facts")
 TEMPLATE = Template(system_prompt="You are a helpful assistant.")
 EXACT = 1e-7
@@ -30,10 +32,11 @@ AGGREGATE = {"extraction_strength": EXACT, "forget_quality": STATISTIC, "privlea
 OURS_ONLY = {
     "exact_memorization", "mia_zlib", "mia_min_k_plus_plus", "mia_reference", "mia_gradnorm", "mem", "priv",
     "forget_Q_A_PARA_ROUGE", "forget_Q_A_PERT_ROUGE", "retain_Q_A_PARA_ROUGE", "retain_Q_A_PERT_ROUGE",
-    "retain_extraction_strength",
+    "retain_extraction_strength", "forget_fluency", "utility", "agg",
 }  # fmt: skip
 """Metrics without a golden value; the unit tests have worked examples of them."""
-OF_FORGET = OURS_ONLY - {"priv", "mia_reference"} - {m for m in OURS_ONLY if m.startswith("retain")}
+WITH_OTHERS = {"priv", "mia_reference", "forget_fluency", "utility", "agg"}
+OF_FORGET = OURS_ONLY - WITH_OTHERS - {m for m in OURS_ONLY if m.startswith("retain")}
 """Those of the forget rows that need neither another model nor a log with all attacks."""
 FORGET_SCORES = ("forget_Q_A_Prob", "forget_quality", "extraction_strength", "privleak", "mia_loss")
 
@@ -46,7 +49,7 @@ def golden(shared_dir: Path, name: str) -> dict[str, Any]:
 def rows(shared_dir: Path) -> dict[str, Sequence[Example]]:
     return {
         split: load_rows(DatasetSpec("locuslab/TOFU", name, limit=None if split in WHOLE else 40), shared_dir / "data")
-        for split, name in tofu_datasets().items()
+        for split, name in ((s, e.data.name) for s, e in tofu_splits("locuslab/TOFU").items())
     }
 
 
@@ -55,7 +58,7 @@ def run(
 ) -> EvalResult:
     path = shared_dir / "golden" / "models" / name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    logs = load_retain_logs(shared_dir / "golden" / "eval" / "tiny_retain.json") if name == "tiny" else None
+    logs = load_model_logs(shared_dir / "golden" / "eval" / "tiny_retain.json") if name == "tiny" else None
     suite = SuiteConfig(metrics=tuple(metrics), budget=budget)
     return evaluate(model, AutoTokenizer.from_pretrained(path), TEMPLATE, suite, rows, logs)
 
@@ -64,7 +67,7 @@ def run(
 def results(shared_dir: Path, rows: dict[str, Sequence[Example]]) -> dict[str, dict[str, Any]]:
     """The whole suite, once for each model, at batch size 32."""
     budget = Budget(max_tokens=1 << 20, batch_size=32)
-    return {n: run(shared_dir, n, rows, budget, tuple(TOFU_METRICS)).to_eval_json() for n in MODELS}
+    return {n: run(shared_dir, n, rows, budget, EVERY).to_eval_json() for n in MODELS}
 
 
 def tolerance(metric: str, key: str) -> dict[str, Any]:
@@ -126,8 +129,8 @@ def test_batch_size_does_not_matter(
 ) -> None:
     theirs, whole = golden(shared_dir, "tiny"), results["tiny"]
     few = {split: rows[split] for split in ("forget", "holdout")}
-    mine = run(shared_dir, "tiny", few, Budget(1 << 20, batch_size), (*FORGET_SCORES, *OURS_ONLY)).to_eval_json()
-    assert {*FORGET_SCORES, "forget_truth_ratio", "mia_min_k", *OURS_ONLY} <= set(mine)
+    mine = run(shared_dir, "tiny", few, Budget(1 << 20, batch_size), (*FORGET_SCORES, *OF_FORGET)).to_eval_json()
+    assert {*FORGET_SCORES, "forget_truth_ratio", "mia_min_k", *OF_FORGET} <= set(mine)
     for metric in set(mine) & set(theirs):
         compare(metric, mine[metric], theirs[metric])
     for metric in OF_FORGET:
@@ -141,7 +144,7 @@ def test_batch_size_does_not_matter_for_anything(
     batch_size: int, name: str, shared_dir: Path, rows: dict[str, Sequence[Example]]
 ) -> None:
     theirs = golden(shared_dir, name)
-    mine = run(shared_dir, name, rows, Budget(1 << 20, batch_size), tuple(TOFU_METRICS)).to_eval_json()
+    mine = run(shared_dir, name, rows, Budget(1 << 20, batch_size), EVERY).to_eval_json()
     for metric in theirs:
         compare(metric, mine[metric], theirs[metric])
 
@@ -150,6 +153,6 @@ def test_our_own_log_serves_as_the_retain_log(results: dict[str, dict[str, Any]]
     """The file that an oracle's evaluation writes gives the same numbers as the reference's file."""
     file = tmp_path / "TOFU_EVAL.json"
     file.write_text(json.dumps(results["tiny_retain"]))
-    logs = load_retain_logs(file)
+    logs = load_model_logs(file)
     assert len(logs.truth_ratios()) == 40
-    assert logs.auc("mia_min_k") == pytest.approx(results["tiny_retain"]["mia_min_k"]["agg_value"])
+    assert logs.value("mia_min_k") == pytest.approx(results["tiny_retain"]["mia_min_k"]["agg_value"])

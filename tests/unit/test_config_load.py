@@ -265,8 +265,8 @@ def test_an_output_directory_that_is_a_file_is_refused(altered, tmp_path):
 
 
 def test_the_holdout_follows_the_forget_split():
-    from unfed.data.spec import tofu_datasets
+    from unfed.data.benchmarks import tofu_splits
 
-    assert tofu_datasets("forget01")["holdout"] == "holdout01"
-    assert tofu_datasets("forget05", "mine")["holdout"] == "mine"
-    assert "holdout" not in tofu_datasets("letters")
+    assert tofu_splits("x", "forget01")["holdout"].data.name == "holdout01"
+    assert tofu_splits("x", "forget05", "mine")["holdout"].data.name == "mine"
+    assert "holdout" not in tofu_splits("x", "letters")

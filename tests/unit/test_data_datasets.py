@@ -109,9 +109,21 @@ def test_a_data_root_that_does_not_exist(tmp_path: Path):
         load_rows(spec("full"), tmp_path / "nowhere")
 
 
-def test_a_local_file_has_no_other_split(root: Path):
-    with pytest.raises(DataError, match=r"split 'test'.*only 'train'"):
+def test_a_local_file_of_another_split(root: Path):
+    with pytest.raises(DataError, match=r"no data set 'full/test'; did you mean 'full'.*full/test\.json is not there"):
         load_rows(spec("full", split="test"), root)
+    (root / "tofu" / "full").mkdir()
+    (root / "tofu" / "full" / "test.json").write_text('{"question": "Q?", "answer": "A."}\n')
+    assert [r["answer"] for r in load_rows(spec("full", split="test"), root)] == ["A."]
+    with pytest.raises(DataError, match="only 'train'"):
+        load_rows(DatasetSpec("fictional", "full", split="test"))
+
+
+def test_plain_text_has_no_question(root: Path):
+    (root / "tofu" / "news.json").write_text('{"text": "Rain fell."}\n{"text": "It stopped."}\n')
+    rows = load_rows(DatasetSpec("locuslab/TOFU", "news", question_key=None, answer_key="text"), root)
+    assert [(r["question"], r["answer"]) for r in rows] == [("", "Rain fell."), ("", "It stopped.")]
+    assert rows[0]["id"] != rows[1]["id"]
 
 
 def test_the_generator_needs_no_folder():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unfed.base.errors import ArtifactError, ConfigError, DataError
 from unfed.data.chat import Template, encode_prompts
 from unfed.evaluation.collect import Pass, collect
-from unfed.evaluation.retain_logs import RUN_KEY, load_retain_logs
+from unfed.evaluation.logs import RUN_KEY, load_model_logs
 from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE, evaluate, write_results
 from unfed.evaluation.suites import SuiteConfig
 from unfed.models.generate import Budget, Decoding, generate_all, inference, pad_id
@@ -202,7 +202,7 @@ def test_retain_logs_of_others_are_refused(
     other = rows(shared_dir, "forget10_perturbed", 6, start=6)
     with pytest.raises(ArtifactError, match=r"another forget split \(forget\): its rows are sha256"):
         evaluate(model, tokenizer, TEMPLATE, asked, {"forget": other}, done.retain_logs())
-    theirs = load_retain_logs(shared_dir / "golden" / "eval" / "tiny_retain.json")
+    theirs = load_model_logs(shared_dir / "golden" / "eval" / "tiny_retain.json")
     with pytest.raises(ArtifactError, match=r"tiny_retain\.json: .*it has 40 rows, this run has 6"):
         evaluate(model, tokenizer, TEMPLATE, asked, {"forget": forget}, theirs)
     shifted = [{"id": str(i), "answer": r["answer"]} for i, r in enumerate(rows(shared_dir, "forget01", 40))]
@@ -220,7 +220,7 @@ def test_retain_logs_of_others_are_refused(
 
     file = tmp_path / "TOFU_EVAL.json"
     file.write_text(json.dumps({"forget_Q_A_Prob": {"agg_value": 0.5}}))
-    lacking = load_retain_logs(file)
+    lacking = load_model_logs(file)
     with pytest.raises(ArtifactError, match=r"TOFU_EVAL\.json: no forget_truth_ratio\.value_by_index"):
         evaluate(model, tokenizer, TEMPLATE, asked, {"forget": forget}, lacking)
     with pytest.raises(ArtifactError, match=r"no mia_min_k\.agg_value"):
@@ -228,6 +228,6 @@ def test_retain_logs_of_others_are_refused(
     for content in ("[]", "{}", '{"a": 1}', "{"):
         file.write_text(content)
         with pytest.raises(ArtifactError, match=r"TOFU_EVAL\.json"):
-            load_retain_logs(file)
+            load_model_logs(file)
     with pytest.raises(ArtifactError, match="cannot read"):
-        load_retain_logs(tmp_path / "nowhere.json")
+        load_model_logs(tmp_path / "nowhere.json")

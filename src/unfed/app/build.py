@@ -20,6 +20,7 @@ from unfed.data.chat import EncodedExample, encode_rows
 from unfed.data.datasets import load_rows
 from unfed.data.partition import Partition, PartitionSpec, make_partition
 from unfed.data.refusals import alternate_answers, load_refusals
+from unfed.data.texts import encode_texts
 from unfed.federated.client import ClientData
 from unfed.federated.schedule import Participation, Schedule
 from unfed.models.adapter import lora_scaling
@@ -189,18 +190,26 @@ def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str
 def encode_clients(config: RunConfig, loaded: LoadedModel, rows: Rows, partition: Partition) -> dict[str, ClientData]:
     """Tokenise every row once and hand each client its own."""
     template = config.model.template_args
-    length = {s: getattr(config.data, s).max_length for s in ("train", "forget", "retain") if getattr(config.data, s)}
 
-    def encode(split: str, examples: Sequence[Example]) -> dict[str, EncodedExample]:
-        found = encode_rows(loaded.tokenizer, template, examples, length.get(split)) if examples else []
-        return {e.example_id: e for e in found}
+    def encode(split: str, examples: Sequence[Example]) -> dict[str, list[EncodedExample]]:
+        spec: DatasetConfig | None = getattr(config.data, split)
+        found: dict[str, list[EncodedExample]] = {}
+        if examples and spec is not None and spec.question_key is None:
+            encoded = encode_texts(loaded.tokenizer, examples, spec.max_length)
+        else:
+            encoded = encode_rows(loaded.tokenizer, template, examples, spec.max_length if spec else None)
+        for e in encoded:
+            found.setdefault(e.example_id, []).append(e)
+        return found
 
     train = encode("train", rows.train)
     # Fine-tuning trains on ``train`` alone; ``forget`` marks the rows whose loss is recorded for unlearning.
     marked = {e["id"]: train[e["id"]] for e in rows.forget if e["id"] in train}
-    by_split: dict[Split, dict[str, EncodedExample]] = {"train": train, "forget": marked}
+    by_split: dict[Split, dict[str, list[EncodedExample]]] = {"train": train, "forget": marked}
     if config.mode == "unlearn":
-        alternates = alternate_answers(rows.forget, config.seed, load_refusals(config.data.idk))
+        refusals = load_refusals(config.data.idk)
+        plain = config.data.forget is not None and config.data.forget.question_key is None
+        alternates = [] if plain else alternate_answers(rows.forget, config.seed, refusals)
         retain = encode("retain", rows.retain)
         # Recovery is plain training on the retain rows, so the retain rows are its ``train`` split.
         by_split = {
@@ -210,7 +219,7 @@ def encode_clients(config: RunConfig, loaded: LoadedModel, rows: Rows, partition
             "alternate": encode("forget", alternates),
         }
     return {
-        client: ClientData(client, {s: [found[i] for i in ids if i in found] for s, found in by_split.items()})
+        client: ClientData(client, {s: [e for i in ids for e in found.get(i, ())] for s, found in by_split.items()})
         for client, ids in partition.clients.items()
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,50 +11,63 @@ from peft import PeftModel
 from torch import nn
 
 from unfed.app.progress import console, say, show_scores
-from unfed.base.errors import ConfigError, DataError
+from unfed.base.errors import ConfigError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
-from unfed.data.datasets import DatasetSpec, data_digest, load_rows
-from unfed.data.spec import tofu_datasets
-from unfed.evaluation.retain_logs import load_retain_logs
-from unfed.evaluation.runner import SUMMARY_FILE, EvalResult, evaluate, write_results
-from unfed.evaluation.suites import TOFU_DEFAULT, SuiteConfig
+from unfed.data.benchmarks import EvaluationSplit, Layout, splits_of
+from unfed.data.datasets import data_digest, load_rows
+from unfed.evaluation.cache import EvidenceCache
+from unfed.evaluation.logs import load_model_logs
+from unfed.evaluation.rows import needed_columns, read_rows
+from unfed.evaluation.runner import EvalResult, evaluate, write_results
+from unfed.evaluation.suites import SUITES, SuiteConfig
 from unfed.models.adapter import snapshot
+from unfed.models.digest import model_digest
 from unfed.models.generate import Budget, Decoding
 from unfed.models.load import LoadedModel, fingerprint, load_model
 from unfed.models.spec import TokenizerArgs
 
 
+def evaluation_splits(config: EvalConfig) -> dict[str, EvaluationSplit]:
+    """The splits of the configured suite."""
+    return splits_of(config.suite, config.path, config.forget_split, config.holdout_split, config.limit)
+
+
 def evaluation_rows(config: EvalConfig, data_dir: str | None) -> dict[str, list[Example]]:
-    """The rows of every split of the suite. A split that cannot be had is left out, and said."""
-    found: dict[str, list[Example]] = {}
-    names = tofu_datasets(config.forget_split, config.holdout_split)
-    if "holdout" not in names:
+    """The rows of every split that a wanted metric looks at. A forget split may have no holdout; that is said."""
+    splits = evaluation_splits(config)
+    suite = SUITES[config.suite]
+    if "holdout" not in splits and "holdout" in needed_columns(suite, config.metrics):
         say(f"evaluation: no holdout split goes with forget_split={config.forget_split}; give holdout_split=...")
-    for split, name in names.items():
-        spec = DatasetSpec(path=config.path, name=name, limit=config.limit)
-        try:
-            found[split] = load_rows(spec, data_dir)
-        except DataError as e:
-            if split == "forget":
-                raise
-            say(f"evaluation: no {split} split: {e}")
-    return found
+    return read_rows(suite, config.metrics, splits, data_dir)
 
 
-def suite_of(config: EvalConfig) -> SuiteConfig:
-    """The evaluation floor's own description of what to do."""
+def suite_of(config: EvalConfig, data_dir: str | None = None) -> SuiteConfig:
+    """The evaluation floor's own description of what to do; rows that are shown as examples are read."""
     g = config.generation
+    splits = evaluation_splits(config)
+    logs = config.finetuned_logs_path
     return SuiteConfig(
         metrics=config.metrics,
-        datasets=tofu_datasets(config.forget_split, config.holdout_split),
+        suite=SUITES[config.suite],
+        datasets={s: e.data.full_name for s, e in splits.items()},
+        layouts={s: _with_shots(e, data_dir) for s, e in splits.items()},
         budget=Budget(config.max_tokens, config.batch_size),
         decoding=Decoding(
             max_new_tokens=g.max_new_tokens, do_sample=g.do_sample, temperature=g.temperature, top_p=g.top_p
         ),
         max_length=config.max_length,
         parity=config.parity,
+        finetuned_logs=load_model_logs(logs, "eval.finetuned_logs_path") if logs else None,
+        classifier=config.gibberish_model,
     )
+
+
+def _with_shots(split: EvaluationSplit, data_dir: str | None) -> Layout:
+    if split.shots is None:
+        return split.layout
+    rows = load_rows(split.shots, data_dir)
+    return replace(split.layout, shots=tuple((str(r["question"]), str(r["answer"])) for r in rows))
 
 
 def _reference(config: RunConfig, loaded: LoadedModel) -> Callable[[], AbstractContextManager[nn.Module]] | None:
@@ -74,27 +87,48 @@ def _reference(config: RunConfig, loaded: LoadedModel) -> Callable[[], AbstractC
     return opened
 
 
-def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> EvalResult:
-    """Score ``loaded`` and write TOFU_EVAL.json and TOFU_SUMMARY.json into ``directory``."""
-    assert config.eval is not None
-    logs = load_retain_logs(config.eval.retain_logs_path) if config.eval.retain_logs_path else None
-    rows = evaluation_rows(config.eval, config.paths.data_dir)
+def _cache(config: EvalConfig, loaded: LoadedModel) -> EvidenceCache | None:
+    if config.cache_dir is None:
+        return None
+    digest = model_digest(loaded.model, loaded.tokenizer)
+    judged_by_base = config.reference_model_path is None
+    return EvidenceCache(Path(config.cache_dir), digest.model, digest.base if judged_by_base else None)
+
+
+def evaluate_model(
+    config: RunConfig, loaded: LoadedModel, directory: Path, rows: Mapping[str, Sequence[Example]] | None = None
+) -> EvalResult:
+    """Score ``loaded`` and write the suite's result files into ``directory``; ``rows`` where they were read before."""
+    given = config.eval
+    assert given is not None
+    logs = load_model_logs(given.retain_logs_path) if given.retain_logs_path else None
+    rows = evaluation_rows(given, config.paths.data_dir) if rows is None else rows
     with console.status("evaluating") as status:
 
         def progress(what: str, done: int, total: int) -> None:
             status.update(f"evaluating {what}: {done}/{total}")
 
-        suite = replace(suite_of(config.eval), progress=progress, reference=_reference(config, loaded))
+        suite = replace(
+            suite_of(given, config.paths.data_dir),
+            progress=progress,
+            reference=_reference(config, loaded),
+            cache=_cache(given, loaded),
+        )
         result = evaluate(loaded.model, loaded.tokenizer, config.model.template_args, suite, rows, logs)
-    digests = {"base": loaded.fingerprint}
-    if isinstance(loaded.model, PeftModel):
-        digests["adapter"] = snapshot(loaded.model).digest()
-    else:  # of a whole model, a copy to hash would cost as much memory again
-        digests["model"] = fingerprint(loaded.model)
-    digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
-    write_results(result, directory, digests)
+    write_results(result, directory, {**digests_of(loaded), **_data_digests(rows)})
     for name, score in result.scores.items():
-        if score.value is None and name in (config.eval.metrics or TOFU_DEFAULT):
+        if score.value is None and name in (given.metrics or result.suite.default):
             say(f"{name}: no value: {score.why}")
-    show_scores(result.summary(), str(directory / SUMMARY_FILE))
+    show_scores(result.summary(), str(directory / result.suite.summary_file))
     return result
+
+
+def digests_of(loaded: LoadedModel) -> dict[str, str]:
+    """What a result file says about the model that it is of."""
+    if isinstance(loaded.model, PeftModel):
+        return {"base": loaded.fingerprint, "adapter": snapshot(loaded.model).digest()}
+    return {"base": loaded.fingerprint, "model": fingerprint(loaded.model)}
+
+
+def _data_digests(rows: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    return {f"data.{split}": data_digest(examples) for split, examples in rows.items()}

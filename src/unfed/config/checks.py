@@ -52,7 +52,7 @@ def named_things(config: RunConfig) -> list[str]:
             problems += aggregator_problems(name, config.aggregator.params)
     if config.trainer is not None:
         problems += _trainer_args(config.trainer)
-    if config.eval is not None and config.eval.metrics:
+    if config.eval is not None and (config.eval.metrics or config.eval.round_metrics != EvalConfig().round_metrics):
         problems += _metrics(config.eval)
     return problems
 
@@ -66,11 +66,11 @@ def _trainer_args(trainer: TrainerConfig) -> list[str]:
 
 
 def _metrics(given: EvalConfig) -> list[str]:
-    from unfed.evaluation.suites import TOFU_METRICS
+    from unfed.evaluation.suites import SUITES
 
-    return [
-        f"eval.metrics: no such metric {n!r}{nearest(n, TOFU_METRICS)}" for n in given.metrics if n not in TOFU_METRICS
-    ]
+    suite = SUITES[given.suite]
+    wrong = [m.replace("eval.metrics", "eval.round_metrics", 1) for m in suite.unknown(given.round_metrics)]
+    return [*suite.unknown(given.metrics), *(wrong if given.round_metrics != EvalConfig().round_metrics else [])]
 
 
 def consistency(config: RunConfig) -> list[str]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from unfed.base.errors import DataError, UnfedError
 from unfed.config.checks import datasets
-from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
-from unfed.data.spec import tofu_datasets
+from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+from unfed.data.benchmarks import splits_of
 from unfed.models.source import path_problem, resolve_source
 
 
 def preflight(config: RunConfig) -> list[str]:
     """What is wrong on disk, each problem with its key. Nothing is written, and no network is asked."""
-    return list(dict.fromkeys(problem for check in PREFLIGHT for problem in check(config)))
+    found = list(dict.fromkeys(problem for check in PREFLIGHT for problem in check(config)))
+    # Reading every row takes a second; it can wait until the rest is right.
+    return found or _evaluation_rows(config)
 
 
 def _model_files(config: RunConfig) -> Iterator[str]:
@@ -36,9 +39,6 @@ def _data_files(config: RunConfig) -> Iterator[str]:
     from unfed.data.datasets import preflight as look
 
     sets = {(d.path, d.name): d for _, d in datasets(config.data)}
-    if config.eval is not None and config.eval.enabled:
-        name = tofu_datasets(config.eval.forget_split)["forget"]
-        sets[config.eval.path, name] = DatasetConfig(config.eval.path, name)
     try:
         found = [problem for spec in sets.values() for problem in look(spec, config.paths.data_dir)]
     except DataError as e:
@@ -46,31 +46,37 @@ def _data_files(config: RunConfig) -> Iterator[str]:
     yield from found
 
 
-def _evaluation_files(config: RunConfig) -> Iterator[str]:
-    """Every line of the evaluation's local files: they are read after the training, which a broken one would waste.
+def _evaluation_rows(config: RunConfig) -> list[str]:
+    """The evaluation's local files, every line and column: they are read after the training, which would be wasted.
 
-    A split that is not there is left out of the evaluation, and said then.
+    What lies on the hub is looked at when it is there.
     """
-    from unfed.data.datasets import DatasetSpec, local_file, read_json_lines
+    given, data_dir = config.eval, config.paths.data_dir
+    if given is None or not given.enabled:
+        return []
+    from unfed.data.datasets import FICTIONAL, local_file
+    from unfed.evaluation.rows import read_rows
+    from unfed.evaluation.suites import SUITES
 
-    if config.eval is None or not config.eval.enabled:
-        return
-    for name in tofu_datasets(config.eval.forget_split, config.eval.holdout_split).values():
-        try:
-            file = local_file(DatasetSpec(config.eval.path, name), config.paths.data_dir)
-        except DataError:
-            continue
-        try:
-            for _ in read_json_lines(file) if file is not None else ():
-                pass
-        except DataError as e:
-            yield str(e)
+    splits = splits_of(given.suite, given.path, given.forget_split, given.holdout_split, given.limit)
+    here = {}
+    try:
+        for name, split in splits.items():
+            with contextlib.suppress(DataError):  # a file that is missing is said below, with what needs it
+                if split.data.path != FICTIONAL and local_file(split.data, data_dir) is None:
+                    continue
+            here[name] = split
+        read_rows(SUITES[given.suite], given.metrics, here, data_dir)
+    except UnfedError as e:
+        return [str(e)]
+    return []
 
 
 def _other_files(config: RunConfig) -> Iterator[str]:
     named = {"partition.manifest": config.partition.manifest, "data.idk": config.data.idk}
     if config.eval is not None:
         named["retain_logs_path"] = config.eval.retain_logs_path
+        named["eval.finetuned_logs_path"] = config.eval.finetuned_logs_path
     for key, path in named.items():
         if path is not None and not Path(path).exists():
             yield f"{key}={path}: there is no such file"
@@ -111,7 +117,6 @@ PREFLIGHT: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_files,
     _reference_model,
     _data_files,
-    _evaluation_files,
     _other_files,
     _manifest,
     _output,

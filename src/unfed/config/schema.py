@@ -95,12 +95,14 @@ class PartitionConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Fine-tuning reads ``train`` (and ``forget``, to know which rows the target client will own);
-    unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list)."""
+    unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list). Rows of
+    ``exclude`` are left out of ``train``: what an oracle must not see."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
     train: DatasetConfig | None = None
     forget: DatasetConfig | None = None
     retain: DatasetConfig | None = None
+    exclude: DatasetConfig | None = None
     idk: str | None = None
 
 
@@ -125,17 +127,23 @@ class GenerationConfig:
 class EvalConfig:
     """An evaluation suite. ``metrics``: names of ``TOFU_SUMMARY.json``; ``limit`` keeps the first rows of
     each split. Without ``holdout_split``, forget10 goes with holdout10, and so on. ``max_tokens`` is the token
-    budget of a batch; ``batch_size`` bounds its rows."""
+    budget of a batch; ``batch_size`` bounds its rows. ``round_metrics`` and ``round_limit`` are for the evaluations
+    between rounds (``trainer.args.eval_strategy``). ``cache_dir``: what models said is kept there (none: not kept)."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    suite: Literal["tofu"] = "tofu"
+    suite: Literal["tofu", "muse"] = "tofu"
     enabled: bool = True
     path: str = "locuslab/TOFU"
     forget_split: str = "forget10"
     holdout_split: str | None = None
     retain_logs_path: str | None = None
+    finetuned_logs_path: str | None = None
     reference_model_path: str | None = None
+    gibberish_model: str | None = None
     metrics: tuple[str, ...] = ()
+    round_metrics: tuple[str, ...] = ("forget_Q_A_Prob", "retain_Q_A_Prob")
+    round_limit: int | None = 64
+    cache_dir: str | None = None
     batch_size: int = 32
     max_tokens: int = 4096
     max_length: int = 512
@@ -163,6 +171,7 @@ class RunConfig:
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
+    oracle: Literal["auto"] | None = None
     trainer: TrainerConfig | None = None
     method: MethodConfig | None = None
     aggregator: AggregatorConfig | None = None

@@ -19,12 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import DataError
 from unfed.base.types import IGNORE_INDEX, Example
-from unfed.data.spec import Template
+from unfed.data.spec import Pair, Template
 
 log = logging.getLogger(__name__)
-
-Pair = tuple[str, str]
-"""A question and an answer."""
 
 CACHED_LISTS = 64
 _cache: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[Any, ...], tuple[EncodedExample, ...]]] = (

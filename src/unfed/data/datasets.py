@@ -128,13 +128,20 @@ def local_file(spec: DatasetSpec, data_dir: Path | str | None) -> Path | None:
         raise DataError(f"paths.data_dir (or UNFED_DATA_DIR) is {data_dir}, which is not a directory")
     else:
         folder = Path(data_dir) / spec.folder
-        file = folder / f"{spec.name}.json" if folder.is_dir() else None
+        stem = spec.full_name
+        file = folder / f"{stem}.json" if folder.is_dir() else None
         if file is not None and not file.is_file():
-            there = [p.stem for p in folder.glob("*.json")]
-            raise DataError(f"{folder} has no data set {spec.name!r}{nearest(spec.name, there)}")
-    if (file is not None or spec.path == FICTIONAL) and spec.split != "train":
-        raise DataError(f"split {spec.split!r} of {file or spec.path}: only 'train' exists there")
+            there = [p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.json")]
+            raise DataError(f"{folder} has no data set {stem!r}{nearest(stem, there)} ({file} is not there)")
+    if spec.path == FICTIONAL and spec.split != "train":
+        raise DataError(f"split {spec.split!r} of {spec.path}: only 'train' exists there")
     return file
+
+
+def place_of(spec: DatasetSpec, data_dir: Path | str | None) -> str:
+    """Where the rows of ``spec`` lie, for messages: the file, or the set's name."""
+    file = local_file(spec, data_dir)
+    return str(file) if file is not None else f"{spec.path}/{spec.name}"
 
 
 def read_json_lines(file: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -166,8 +173,10 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _texts(row: Mapping[str, Any], place: str, spec: DatasetSpec) -> tuple[str, str]:
-    texts = []
+    texts = [] if spec.question_key is not None else [""]
     for setting, key in (("question_key", spec.question_key), ("answer_key", spec.answer_key)):
+        if key is None:
+            continue
         if key not in row:
             raise DataError(f"{place} has no column {key!r} ({setting}){nearest(key, row)}")
         if not isinstance(row[key], str):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from unfed.base.params import STRICT
+
+Pair = tuple[str, str]
+"""A question and an answer."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class DatasetSpec:
     """Which rows to read; the fields are those of ``data.<split>`` in the configuration.
 
     ``path`` is ``fictional`` or a hub name, whose last part in lower case names the local folder.
-    ``split`` is the hub's split; local files and the generator have ``train`` alone. ``max_length`` is in
+    ``split`` is the hub's split; a local file of another one than ``train`` lies in a folder of the set's name.
+    ``question_key=None``: rows of plain text, without a question. ``max_length`` is in
     tokens and is used by the tokenisation, not here. ``limit`` keeps the first rows.
     ``name`` may join several: see :func:`unfed.data.datasets.load_rows`.
     """
@@ -42,7 +45,7 @@ class DatasetSpec:
     path: str
     name: str
     split: str = "train"
-    question_key: str = "question"
+    question_key: str | None = "question"
     answer_key: str = "answer"
     max_length: int = 512
     limit: int | None = None
@@ -52,19 +55,7 @@ class DatasetSpec:
         """The local folder's name: ``locuslab/TOFU`` -> ``tofu``."""
         return self.path.rstrip("/").rsplit("/", 1)[-1].lower()
 
-
-def tofu_datasets(forget_split: str = "forget10", holdout_split: str | None = None) -> dict[str, str]:
-    """Split -> data set name of a TOFU evaluation (``forget10`` -> ``forget10_perturbed``).
-
-    The holdout rows that TOFU made for ``forget10`` are ``holdout10``. Another forget split has a holdout only by
-    ``holdout_split``.
-    """
-    found = {
-        "forget": f"{forget_split}_perturbed",
-        "retain": "retain_perturbed",
-        "real_authors": "real_authors_perturbed",
-        "world_facts": "world_facts_perturbed",
-    }
-    named = re.fullmatch(r"forget(\d+)", forget_split)
-    holdout = holdout_split or (f"holdout{named[1]}" if named else None)
-    return found if holdout is None else {**found, "holdout": holdout}
+    @property
+    def full_name(self) -> str:
+        """The set's name, and the split's where that is not ``train``."""
+        return self.name if self.split == "train" else f"{self.name}/{self.split}"

@@ -3,89 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
-from unfed.base.errors import DataError
-from unfed.base.types import Example
+from unfed.base.types import IGNORE_INDEX, Example
 from unfed.data.chat import EncodedExample, encode_pairs, encode_prompts
+from unfed.data.texts import encode_beginnings, encode_completions
+from unfed.evaluation.cache import Entry
+from unfed.evaluation.evidence import Answers, Evidence, Generations, column_problem
 from unfed.evaluation.gradients import gradient_norms
 from unfed.evaluation.scoring import Column, Pass, score
-from unfed.metrics.probability import avg_loss
 from unfed.metrics.stats import Array, TokenStats
-from unfed.models.generate import generate, inference, pad_id
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The scored answers of one column.
-
-    ``counts`` ``(rows,)`` says how many answers belong to each row; ``listed`` that the data holds a list
-    there. ``cut`` counts the answers that ``max_length`` shortened. ``reference`` and ``gradient_norms`` are there
-    where they were asked for (and a reference model exists).
-    """
-
-    stats: TokenStats
-    texts: tuple[str, ...]
-    counts: Array
-    listed: bool
-    cut: int
-    reference: TokenStats | None = None
-    gradient_norms: Array | None = None
-
-    @property
-    def losses(self) -> Array:
-        """``avg_loss`` of each answer, in the order of rows."""
-        return avg_loss(self.stats)
-
-    @property
-    def losses_by_row(self) -> list[Array]:
-        """``avg_loss`` of each row's answers."""
-        return np.split(self.losses, np.cumsum(self.counts)[:-1])
-
-
-@dataclass(frozen=True)
-class Generations:
-    """Prompts (as text) and generated answers of one split, in the order of rows.
-
-    ``answers``: by column, what the generations are compared with; a text for each row, or a list of texts.
-    """
-
-    prompts: tuple[str, ...]
-    answers: Mapping[str, tuple[str | Sequence[str], ...]]
-    texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that the metrics look at. ``missing`` says why a column or a split's generations are not there."""
-
-    answers: Mapping[Column, Answers]
-    generations: Mapping[str, Generations]
-    missing: Mapping[Column, str] = field(default_factory=dict)
-
-
-def column_problem(rows: Sequence[Example], split: str, column: str) -> str | None:
-    """Why a column cannot be scored: the split has no rows, or none of them has the column.
-
-    Raises ``DataError`` when only some rows have it, or when one holds something else than text.
-    """
-    if not rows:
-        return f"there are no rows for {split}"
-    without = [i for i, row in enumerate(rows) if column not in row]
-    if len(without) == len(rows):
-        return f"the {split} rows have no column {column!r}"
-    if without:
-        raise DataError(f"{split}: row {without[0] + 1} has no column {column!r}, though other rows have it")
-    listed = isinstance(rows[0][column], list)
-    for i, row in enumerate(rows):
-        value = row[column]
-        texts = value if isinstance(value, list) else [value]
-        if isinstance(value, list) != listed or not texts or not all(isinstance(t, str) for t in texts):
-            kind = "a list of texts" if listed else "a text"
-            raise DataError(f"{split}: row {i + 1} has no answer in {column!r}; it should be {kind}")
-    return None
+from unfed.models.generate import Decoding, generate, inference, pad_id
 
 
 def collect(
@@ -115,9 +45,8 @@ def collect(
 def _score_columns(
     given: Pass, rows_by_split: Mapping[str, Sequence[Example]], columns: Sequence[Column]
 ) -> dict[Column, Answers]:
-    encoded = {c: _encode(given, rows_by_split[c[0]], c[1]) for c in columns}
-    details = [given.wants("details", c) for c in columns for _ in encoded[c]]
-    stats = _by_column(score(given, [e for own in encoded.values() for e in own], details), encoded)
+    encoded = {c: encode_column(given, rows_by_split[c[0]], *c) for c in columns}
+    stats = _stats(given, encoded, {c: given.wants("details", c) for c in columns})
     out = {}
     for (split, column), own in encoded.items():
         values = [row[column] for row in rows_by_split[split]]
@@ -132,9 +61,55 @@ def _score_columns(
     return _with_extras(given, encoded, out)
 
 
+def _stats(
+    given: Pass, encoded: Mapping[Column, Sequence[EncodedExample]], details: Mapping[Column, bool]
+) -> dict[Column, TokenStats]:
+    """Token statistics of every column: those that are kept from before, and the rest in one pass."""
+    found: dict[Column, TokenStats] = {}
+    entries = {c: _entry(given, own, details[c]) for c, own in encoded.items()}
+    for c, own in encoded.items():
+        # What was kept with the moments serves where they are not asked for, too.
+        for entry in (entries[c], _entry(given, own, True)):
+            stored = None if c in found else entry.stats(own)
+            if stored is not None:
+                found[c] = stored
+    todo = {c: own for c, own in encoded.items() if c not in found}
+    if todo:
+        flat = [e for own in todo.values() for e in own]
+        fresh = score(given, flat, [details[c] for c, own in todo.items() for _ in own])
+        for c, stats in _by_column(fresh, todo).items():
+            found[c] = stats
+            entries[c].keep_stats(stats, details=details[c])
+    return found
+
+
+def _entry(given: Pass, own: Sequence[EncodedExample], details: bool, base: bool = False) -> Entry:
+    if given.cache is None:
+        return Entry(None)
+    return given.cache.stats(own, f"mask_pad_ids={given.mask_pad_ids}", details=details, base=base)
+
+
 def _by_column(stats: TokenStats, encoded: Mapping[Column, Sequence[EncodedExample]]) -> dict[Column, TokenStats]:
     ends = np.cumsum([len(own) for own in encoded.values()])
     return {c: stats.slice(int(end) - len(own), int(end)) for (c, own), end in zip(encoded.items(), ends, strict=True)}
+
+
+def _under_reference(given: Pass, encoded: Mapping[Column, Sequence[EncodedExample]]) -> dict[Column, TokenStats]:
+    """Token statistics under the reference model; nothing where there is none."""
+    if given.reference is None or not encoded:
+        return {}
+    entries = {c: _entry(given, own, False, base=True) for c, own in encoded.items()}
+    stored = {c: entries[c].stats(own) for c, own in encoded.items()}
+    found = {c: s for c, s in stored.items() if s is not None}
+    todo = {c: own for c, own in encoded.items() if c not in found}
+    if todo:
+        flat = [e for own in todo.values() for e in own]
+        with given.reference() as model, inference(model):
+            fresh = score(replace(given, model=model), flat, [False] * len(flat))
+        for c, stats in _by_column(fresh, todo).items():
+            found[c] = stats
+            entries[c].keep_stats(stats, details=False)
+    return found
 
 
 def _with_extras(
@@ -142,54 +117,111 @@ def _with_extras(
 ) -> dict[Column, Answers]:
     """Add what only some metrics ask for: the reference model's statistics, gradient norms."""
     referred = {c: own for c, own in encoded.items() if given.wants("reference", c)}
-    if referred and given.reference is not None:
-        flat = [e for own in referred.values() for e in own]
-        with given.reference() as model, inference(model):
-            stats = score(replace(given, model=model), flat, [False] * len(flat))
-        for c, found in _by_column(stats, referred).items():
-            answers[c] = replace(answers[c], reference=found)
-    pad = pad_id(given.tokenizer)
+    for c, found in _under_reference(given, referred).items():
+        answers[c] = replace(answers[c], reference=found)
     for c, own in encoded.items():
         if given.wants("gradients", c):
-
-            def told(done: int, total: int = len(own)) -> None:
-                given.tell("taking gradients", done, total)
-
-            answers[c] = replace(answers[c], gradient_norms=gradient_norms(given.model, own, pad, told))
+            answers[c] = replace(answers[c], gradient_norms=_norms(given, own))
     return answers
 
 
-def _encode(given: Pass, rows: Sequence[Example], column: str) -> list[EncodedExample]:
+def _norms(given: Pass, own: Sequence[EncodedExample]) -> Array:
+    entry = Entry(None) if given.cache is None else given.cache.norms(own)
+    stored = entry.norms(len(own))
+    if stored is not None:
+        return stored
+
+    def told(done: int) -> None:
+        given.tell("taking gradients", done, len(own))
+
+    found = gradient_norms(given.model, own, pad_id(given.tokenizer), told)
+    entry.keep_norms(found)
+    return found
+
+
+def encode_column(given: Pass, rows: Sequence[Example], split: str, column: str) -> list[EncodedExample]:
+    """The answers of one column with their prompts, in the layout of the split; several where a row has a list."""
     pairs: list[tuple[str, str]] = []
     ids: list[str] = []
     for n, row in enumerate(rows):
         texts = row[column] if isinstance(row[column], list) else [row[column]]
         pairs += [(row["question"], text) for text in texts]
         ids += [str(row.get("id", n))] * len(texts)
-    found = encode_pairs(given.tokenizer, given.template, pairs, given.max_length)
+    layout = given.layout(split)
+    length = layout.max_length or given.max_length
+    found: Sequence[EncodedExample]
+    if layout.completion:
+        found = encode_completions(given.tokenizer, pairs, length, insert_space=layout.insert_space)
+    else:
+        found = encode_pairs(given.tokenizer, given.template, pairs, length, layout.shots)
     return [replace(e, example_id=i) for e, i in zip(found, ids, strict=True)]
+
+
+def encode_questions(given: Pass, questions: Sequence[str], split: str) -> list[tuple[int, ...]]:
+    """Where the answers to the questions of a split begin, as token ids."""
+    layout = given.layout(split)
+    if layout.completion:
+        return encode_beginnings(given.tokenizer, questions)
+    return encode_prompts(given.tokenizer, given.template, questions, layout.shots)
 
 
 def _generate_splits(
     given: Pass, rows_by_split: Mapping[str, Sequence[Example]], compared: Sequence[Column]
 ) -> dict[str, Generations]:
+    """Answers to the questions of every split; splits that are decoded alike share their batches."""
     splits = list(dict.fromkeys(s for s, _ in compared))
-    questions = [row["question"] for s in splits for row in rows_by_split[s]]
-    prompts = encode_prompts(given.tokenizer, given.template, questions)
-    texts = [""] * len(prompts)
-    stream = generate(
-        given.model, given.tokenizer, prompts, given.decoding, given.budget, mask_pad_ids=given.mask_pad_ids
-    )
-    for done, (i, text) in enumerate(stream, 1):
-        texts[i] = text
-        given.tell("generating answers", done, len(prompts))
-    shown = given.tokenizer.batch_decode([list(p) for p in prompts], skip_special_tokens=True)
-    out: dict[str, Generations] = {}
-    start = 0
+    prompts = {s: encode_questions(given, [r["question"] for r in rows_by_split[s]], s) for s in splits}
+    alike: dict[Decoding, list[str]] = {}
     for split in splits:
-        rows = rows_by_split[split]
-        own = slice(start, start + len(rows))
-        answers = {c: tuple(r[c] for r in rows) for s, c in compared if s == split}
-        out[split] = Generations(tuple(shown[own]), answers, tuple(texts[own]))
-        start = own.stop
+        length = given.layout(split).max_new_tokens or given.decoding.max_new_tokens
+        alike.setdefault(replace(given.decoding, max_new_tokens=length), []).append(split)
+    texts: dict[str, list[str]] = {}
+    for decoding, group in alike.items():
+        texts |= _texts(given, decoding, {s: prompts[s] for s in group})
+    judged = [s for s in splits if any(given.wants("fluency", c) for c in compared if c[0] == s)]
+    judgement = _judged(given, {s: (prompts[s], texts[s]) for s in judged})
+    out: dict[str, Generations] = {}
+    for split in splits:
+        shown = given.tokenizer.batch_decode([list(p) for p in prompts[split]], skip_special_tokens=True)
+        answers = {c: tuple(r[c] for r in rows_by_split[split]) for s, c in compared if s == split}
+        out[split] = Generations(tuple(shown), answers, tuple(texts[split]), judgement.get(split))
     return out
+
+
+def _texts(given: Pass, decoding: Decoding, prompts: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, list[str]]:
+    """Generated answers by split, cut at the split's stop words."""
+    # Sampled text depends on more than the prompts, so it is made anew.
+    cache = None if decoding.do_sample else given.cache
+    how = f"mask_pad_ids={given.mask_pad_ids}, max_new_tokens={decoding.max_new_tokens}"
+    entries = {s: Entry(None) if cache is None else cache.texts(own, how) for s, own in prompts.items()}
+    stored = {s: entries[s].texts(len(own)) for s, own in prompts.items()}
+    found = {s: texts for s, texts in stored.items() if texts is not None}
+    places = [(s, i) for s, own in prompts.items() if s not in found for i in range(len(own))]
+    fresh = {s: [""] * len(own) for s, own in prompts.items() if s not in found}
+    flat = [prompts[s][i] for s, i in places]
+    stream = generate(given.model, given.tokenizer, flat, decoding, given.budget, mask_pad_ids=given.mask_pad_ids)
+    for done, (n, text) in enumerate(stream, 1):
+        split, i = places[n]
+        fresh[split][i] = text
+        given.tell("generating answers", done, len(flat))
+    for split, texts in fresh.items():
+        entries[split].keep_texts(texts)
+    return {s: [_stopped(t, given.layout(s).stop) for t in texts] for s, texts in (found | fresh).items()}
+
+
+def _stopped(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop, 1)[0]
+    return text.strip()
+
+
+def _judged(given: Pass, said: Mapping[str, tuple[Sequence[tuple[int, ...]], Sequence[str]]]) -> dict[str, TokenStats]:
+    """Statistics of generated text, after its prompt, under the base model."""
+    encoded: dict[Column, list[EncodedExample]] = {}
+    for split, (prompts, texts) in said.items():
+        ids = given.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        encoded[split, "generation"] = [
+            EncodedExample((*p, *t), (*([IGNORE_INDEX] * len(p)), *t), len(p))
+            for p, t in zip(prompts, ids, strict=True)
+        ]
+    return {split: stats for (split, _), stats in _under_reference(given, encoded).items()}

@@ -1,28 +1,34 @@
-"""How each metric of a suite comes of the collected evidence, and what it needs for that."""
+"""How a metric comes of the collected evidence, and what it needs for that: single columns and pairs of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from unfed.base.errors import ArtifactError
-from unfed.evaluation.collect import Answers, Evidence
-from unfed.evaluation.retain_logs import RetainLogs
+from unfed.evaluation.evidence import Evidence
+from unfed.evaluation.logs import ModelLogs
 from unfed.evaluation.scoring import Column, Extra
-from unfed.metrics import membership, overlap, probability, summary
-from unfed.metrics.stats import Array, Score, TokenStats, from_rows
+from unfed.metrics import overlap, probability
+from unfed.metrics.stats import Array, Score, TokenStats
+
+
+@dataclass(frozen=True)
+class References:
+    """What the model is compared with: the logs of the retain model and of the fine-tuned one."""
+
+    retain: ModelLogs | None = None
+    finetuned: ModelLogs | None = None
+    classifier: str | None = None
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a metric may look at: the collected evidence, earlier metrics, the retain model's log."""
+    """What a metric may look at: the collected evidence, earlier metrics, the models to compare with."""
 
     evidence: Evidence
     scores: Mapping[str, Score]
-    retain_logs: RetainLogs | None
+    references: References = References()
 
 
 class Rule(Protocol):
@@ -40,8 +46,8 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """Needs nothing; the rules below say what they need."""
+class BaseRule:
+    """Needs nothing; rules say what they need by what they override."""
 
     @property
     def asks(self) -> frozenset[Extra]:
@@ -61,7 +67,7 @@ class _Rule:
 
 
 @dataclass(frozen=True)
-class Prob(_Rule):
+class Prob(BaseRule):
     """Probability of the answers of one column."""
 
     split: str
@@ -77,7 +83,7 @@ class Prob(_Rule):
 
 
 @dataclass(frozen=True)
-class AgainstWrong(_Rule):
+class AgainstWrong(BaseRule):
     """A right answer beside wrong ones: two columns of one split."""
 
     split: str
@@ -112,11 +118,12 @@ class TruthRatio(AgainstWrong):
 
 
 @dataclass(frozen=True)
-class Rouge(_Rule):
+class Rouge(BaseRule):
     """ROUGE of the generated answers of one split against the answers of one column."""
 
     split: str
     column: str = "answer"
+    kind: overlap.Kind = "rougeL_recall"
 
     @property
     def generated(self) -> tuple[Column, ...]:
@@ -124,11 +131,11 @@ class Rouge(_Rule):
 
     def __call__(self, found: Findings) -> Score:
         own = found.evidence.generations[self.split]
-        return overlap.rouge_score(own.answers[self.column], own.texts, own.prompts)
+        return overlap.rouge_score(own.answers[self.column], own.texts, own.prompts, self.kind)
 
 
 @dataclass(frozen=True)
-class Memorised(_Rule):
+class Memorised(BaseRule):
     """A memorisation metric on the answers of one split."""
 
     measure: Callable[[TokenStats], Score]
@@ -144,137 +151,3 @@ class Memorised(_Rule):
 
     def __call__(self, found: Findings) -> Score:
         return self.measure(found.evidence.answers[self.split, "answer"].stats)
-
-
-@dataclass(frozen=True)
-class Attack(_Rule):
-    """A membership inference attack: forget answers beside holdout answers.
-
-    ``extra``: what it asks of their columns beyond the labels' log-probabilities.
-    """
-
-    measure: Callable[[Answers], Array]
-    extra: Extra | None = None
-
-    @property
-    def asks(self) -> frozenset[Extra]:
-        return frozenset({self.extra} if self.extra else ())
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (("forget", "answer"), ("holdout", "answer"))
-
-    def __call__(self, found: Findings) -> Score:
-        sides = [found.evidence.answers[c] for c in self.columns]
-        if self.extra == "reference" and any(s.reference is None for s in sides):
-            return Score(None, why="no reference model: give eval.reference_model_path, or evaluate an adapter")
-        return membership.attack_score(*(self.measure(s) for s in sides))
-
-
-def loss_attack(own: Answers) -> Array:
-    """See :func:`unfed.metrics.membership.loss`."""
-    return membership.loss(own.stats)
-
-
-def zlib_attack(own: Answers) -> Array:
-    """See :func:`unfed.metrics.membership.zlib_ratio`."""
-    return membership.zlib_ratio(own.stats, own.texts)
-
-
-def min_k_attack(own: Answers) -> Array:
-    """See :func:`unfed.metrics.membership.min_k`."""
-    return membership.min_k(own.stats)
-
-
-def min_k_plus_plus_attack(own: Answers) -> Array:
-    """See :func:`unfed.metrics.membership.min_k_plus_plus`."""
-    return membership.min_k_plus_plus(own.stats)
-
-
-def reference_attack(own: Answers) -> Array:
-    """See :func:`unfed.metrics.membership.reference`."""
-    assert own.reference is not None
-    return membership.reference(own.stats, own.reference)
-
-
-def gradnorm_attack(own: Answers) -> Array:
-    """The norm of each answer's gradient: a member's is small (Nasr et al. 2019)."""
-    assert own.gradient_norms is not None
-    return own.gradient_norms
-
-
-@dataclass(frozen=True)
-class ForgetQuality(_Rule):
-    """Kolmogorov-Smirnov p-value against the retain model's truth ratios."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return ("forget_truth_ratio",)
-
-    def __call__(self, found: Findings) -> Score:
-        if found.retain_logs is None:
-            return Score(None, why="no retain_logs_path: forget quality compares with a retain model's truth ratios")
-        own = found.scores["forget_truth_ratio"].per_example or ()
-        ratios = [row["score"] for row in own]
-        return probability.forget_quality(_floats(ratios), found.retain_logs.truth_ratios())
-
-
-@dataclass(frozen=True)
-class ModelUtility(_Rule):
-    """Harmonic mean of the nine utility metrics."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return summary.UTILITY_PARTS
-
-    def __call__(self, found: Findings) -> Score:
-        return summary.model_utility(found.scores)
-
-
-@dataclass(frozen=True)
-class PrivLeak(_Rule):
-    """Relative difference of the Min-K AUC to the retain model's."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return ("mia_min_k",)
-
-    def __call__(self, found: Findings) -> Score:
-        logs = found.retain_logs
-        return membership.privleak(found.scores["mia_min_k"], None if logs is None else logs.auc("mia_min_k"))
-
-
-@dataclass(frozen=True)
-class Memorisation(AgainstWrong):
-    """Mem: how little is left of the forget answers."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return summary.MEMORISATION_PARTS
-
-    def __call__(self, found: Findings) -> Score:
-        share = from_rows(probability.prob_mean(*self._losses(found)))
-        return summary.memorisation(found.scores, share.value)
-
-
-@dataclass(frozen=True)
-class Privacy(_Rule):
-    """Priv: how close four attacks come to what they find in the retain model."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return summary.PRIVACY_PARTS
-
-    def __call__(self, found: Findings) -> Score:
-        logs = found.retain_logs
-        if logs is None:
-            return Score(None, why="no retain_logs_path: Priv compares with a retain model's attacks")
-        try:
-            references = {name: logs.auc(name) for name in summary.PRIVACY_PARTS}
-        except ArtifactError as e:
-            return Score(None, why=str(e))
-        return summary.privacy(found.scores, references)
-
-
-def _floats(values: Sequence[float | None]) -> Array:
-    return np.array([np.nan if v is None else v for v in values], dtype=np.float64)

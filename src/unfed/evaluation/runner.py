@@ -17,14 +17,18 @@ from unfed.base.errors import DataError
 from unfed.base.types import Example
 from unfed.data.chat import Template
 from unfed.data.datasets import data_digest
-from unfed.evaluation.collect import Evidence, collect, column_problem
-from unfed.evaluation.retain_logs import RUN_KEY, RetainLogs
+from unfed.evaluation.collect import collect
+from unfed.evaluation.evidence import Evidence, column_problem
+from unfed.evaluation.logs import RUN_KEY, ModelLogs
+from unfed.evaluation.metric import Metric, Suite, asked_extras, compute
+from unfed.evaluation.rules import References
 from unfed.evaluation.scoring import Pass
-from unfed.evaluation.suites import Metric, SuiteConfig, asked_extras, compute, select
+from unfed.evaluation.suites import SuiteConfig
+from unfed.evaluation.tofu import TOFU
 from unfed.metrics.stats import Score
 
-EVAL_FILE = "TOFU_EVAL.json"
-SUMMARY_FILE = "TOFU_SUMMARY.json"
+EVAL_FILE = TOFU.eval_file
+SUMMARY_FILE = TOFU.summary_file
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class EvalResult:
     scores: Mapping[str, Score]
     splits: Mapping[str, SplitInfo]
     parity: str | None = None
+    suite: Suite = TOFU
 
     def to_eval_json(self, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The content of TOFU_EVAL.json: metric -> ``agg_value``, ``value_by_index``, and ``why`` if any.
@@ -66,9 +71,9 @@ class EvalResult:
         """The content of TOFU_SUMMARY.json: metric -> number; a metric without a value is left out."""
         return {name: score.value for name, score in self.scores.items() if score.value is not None}
 
-    def retain_logs(self, name: str = "the retain model") -> RetainLogs:
+    def retain_logs(self, name: str = "the retain model") -> ModelLogs:
         """This result as the reference for another evaluation, without a file in between."""
-        return RetainLogs(name, self.to_eval_json())
+        return ModelLogs(name, self.to_eval_json())
 
 
 def _entry(score: Score) -> dict[str, Any]:
@@ -86,9 +91,9 @@ def evaluate(
     template: Template,
     suite: SuiteConfig,
     rows_by_split: Mapping[str, Sequence[Example]],
-    retain_logs: RetainLogs | None = None,
+    retain_logs: ModelLogs | None = None,
 ) -> EvalResult:
-    """Evaluate ``model`` on the rows of ``forget``, ``retain``, ``real_authors``, ``world_facts``, ``holdout``.
+    """Evaluate ``model`` on the rows of the suite's splits (:mod:`unfed.data.benchmarks` lists them).
 
     A split that is absent or lacks a column leaves its metrics without a value, with the reason. The retain
     log is checked before anything is scored. The model comes back in the mode it was in, without gradients.
@@ -96,7 +101,7 @@ def evaluate(
     Raises ``ConfigError`` for an unknown metric, ``ArtifactError`` for a retain log of another split or
     without what a wanted metric needs, ``DataError`` when there are no rows at all or a column has gaps.
     """
-    metrics = select(suite.metrics)
+    metrics = suite.suite.select(suite.metrics)
     if not any(len(rows) for rows in rows_by_split.values()):
         raise DataError("the evaluation has no rows: every split is empty")
     digests = {split: data_digest(rows) for split, rows in rows_by_split.items()}
@@ -113,6 +118,8 @@ def evaluate(
         asked=asked_extras(metrics),
         reference=suite.reference or _base_of(model),
         progress=suite.progress,
+        layouts=suite.layouts,
+        cache=suite.cache,
     )
     columns = [c for m in metrics for c in m.rule.columns]
     evidence = collect(given, rows_by_split, columns, [s for m in metrics for s in m.rule.generated])
@@ -120,7 +127,8 @@ def evaluate(
         split: SplitInfo(suite.datasets.get(split, split), len(rows), digests[split], _cut(evidence, split))
         for split, rows in rows_by_split.items()
     }
-    return EvalResult(compute(metrics, evidence, retain_logs), infos, suite.parity)
+    references = References(retain_logs, suite.finetuned_logs, suite.classifier)
+    return EvalResult(compute(metrics, evidence, references), infos, suite.parity, suite.suite)
 
 
 def _base_of(model: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]] | None:
@@ -141,7 +149,7 @@ def _cut(evidence: Evidence, split: str) -> int:
 
 
 def _check_logs(
-    logs: RetainLogs,
+    logs: ModelLogs,
     metrics: Sequence[Metric],
     rows_by_split: Mapping[str, Sequence[Example]],
     digests: Mapping[str, str],
@@ -159,16 +167,16 @@ def _check_logs(
         logs.truth_ratios()
         logs.check_split([str(row["answer"]) for row in forget], digests["forget"])
     if "privleak" in names and forget and rows_by_split.get("holdout"):
-        logs.auc("mia_min_k")
+        logs.value("mia_min_k")
         for split in ("forget", "holdout"):
             logs.check_digest(split, digests[split])
 
 
 def write_results(result: EvalResult, directory: Path | str, digests: Mapping[str, str] | None = None) -> None:
-    """Write TOFU_EVAL.json and TOFU_SUMMARY.json, each atomically.
+    """Write the suite's two result files (``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json``), each atomically.
 
     ``digests`` names what was evaluated (``{"adapter": "sha256:...", "data": ...}``), so that a result cannot
     be taken for another model's. Raises ``ArtifactError`` when the directory cannot be written to.
     """
-    write_json(Path(directory) / EVAL_FILE, result.to_eval_json(digests))
-    write_json(Path(directory) / SUMMARY_FILE, result.summary())
+    write_json(Path(directory) / result.suite.eval_file, result.to_eval_json(digests))
+    write_json(Path(directory) / result.suite.summary_file, result.summary())

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from unfed.base.types import IGNORE_INDEX, Batch
+from unfed.data.benchmarks import Layout
 from unfed.data.chat import EncodedExample, Template
 from unfed.data.collate import collate, collate_shared, shared_prefix, shared_width
+from unfed.evaluation.cache import EvidenceCache
 from unfed.metrics.stats import TokenStats
 from unfed.models.forward import label_logps, labelled_logits, shared_logits
 from unfed.models.generate import Budget, Decoding, Progress, pad_id
@@ -29,9 +31,9 @@ the shorter types."""
 _CHUNK_VALUES = 1 << 21
 """Logits handled at once in float32: 8 MiB for each of three arrays."""
 
-Extra = Literal["details", "reference", "gradients"]
+Extra = Literal["details", "reference", "gradients", "fluency"]
 """What a metric may ask of a column beyond the labels' log-probabilities: is-argmax and moments, the reference
-model's statistics, gradient norms."""
+model's statistics, gradient norms; of generated answers, the base model's statistics."""
 
 Column = tuple[str, str]
 """A split and a column of it: ``("forget", "perturbed_answer")``."""
@@ -43,6 +45,7 @@ class Pass:
 
     ``asked``: for each extra the columns that need it. ``reference`` opens the reference model for a ``with`` block.
     ``mask_pad_ids``: hide every padding id from attention, as OpenUnlearning does, not the padding alone.
+    ``layouts``: of the splits whose rows are not plain questions and answers. ``cache`` is looked into first.
     """
 
     model: nn.Module
@@ -55,6 +58,12 @@ class Pass:
     asked: Mapping[Extra, frozenset[Column]] = field(default_factory=dict)
     reference: Callable[[], AbstractContextManager[nn.Module]] | None = None
     progress: Progress | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    cache: EvidenceCache | None = None
+
+    def layout(self, split: str) -> Layout:
+        """How the rows of ``split`` become text."""
+        return self.layouts.get(split, Layout())
 
     def wants(self, extra: Extra, column: Column) -> bool:
         """Whether a metric asks for ``extra`` of ``column``."""

@@ -1,6 +1,7 @@
-"""How much of an answer the model says back under teacher forcing: exact memorisation, extraction strength.
+"""How much of an answer the model says back under teacher forcing (exact memorisation, extraction strength), and how
+likely another model finds what it says (fluency).
 
-Both look at every labelled token but the last (``L' = L - 1``), as OpenUnlearning does.
+The first two look at every labelled token but the last (``L' = L - 1``), as OpenUnlearning does.
 """
 
 from __future__ import annotations
@@ -47,3 +48,13 @@ def exact_memorization_score(stats: TokenStats) -> Score:
 def extraction_strength_score(stats: TokenStats) -> Score:
     """``extraction_strength``: the mean over answers."""
     return from_rows(extraction_strength(stats), why_none=_TOO_SHORT)
+
+
+def fluency_score(under_base: TokenStats) -> Score:
+    """``forget_fluency``: mean over generations of ``exp(-avg_loss)`` under the base model, 1 / perplexity, in [0, 1].
+
+    Ours: OpenUnlearning asks a classifier whether the text is gibberish. A generation without a token has 0. Text that
+    repeats itself is likely under any model, so a high fluency does not show that the text says something.
+    """
+    values = np.where(under_base.lengths > 0, np.exp(under_base.means(under_base.logp)), 0.0)
+    return from_rows(values)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from unfed.metrics.stats import Score, from_rows
+
+Kind = Literal["rougeL_recall", "rougeL_f1", "rouge1_recall"]
+"""Which of the three is averaged."""
 
 
 @cache
@@ -28,13 +31,18 @@ def rouge(answer: str, generation: str) -> dict[str, float]:
     }
 
 
-def rouge_score(answers: Sequence[str | Sequence[str]], generations: Sequence[str], prompts: Sequence[str]) -> Score:
-    """``*_ROUGE``: mean rougeL recall. Each row shows its three scores, prompt, true answer and generation.
+def rouge_score(
+    answers: Sequence[str | Sequence[str]],
+    generations: Sequence[str],
+    prompts: Sequence[str],
+    kind: Kind = "rougeL_recall",
+) -> Score:
+    """``*_ROUGE``: the mean of ``kind``. Each row shows its three scores, prompt, true answer and generation.
 
     A row with a list of answers shows lists, and counts with the mean over them.
     """
     rows = [_row(a, g) for a, g in zip(answers, generations, strict=True)]
-    mean = from_rows(np.array([np.mean(r["rougeL_recall"]) for r in rows], dtype=np.float64))
+    mean = from_rows(np.array([np.mean(r[kind]) for r in rows], dtype=np.float64))
     shown = tuple(
         {**r, "input": p, "ground_truth": a, "generation": g}
         for r, p, a, g in zip(rows, prompts, answers, generations, strict=True)

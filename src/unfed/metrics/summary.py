@@ -76,3 +76,34 @@ def privacy(attacks: Mapping[str, Score], references: Mapping[str, float]) -> Sc
             return Score(None, why=f"{name} has no value: {attacks[name].why}")
         closeness[name] = 1 - abs(value - reference) / max(reference, 1 - reference)
     return Score(harmonic_mean(list(closeness.values())), extra={"closeness": closeness})
+
+
+RELATIVE_PARTS = ("model_utility", "forget_fluency")
+"""What Utility is made of, each relative to the fine-tuned model's."""
+
+OVERALL_PARTS = ("mem", "priv", "utility")
+"""What Agg is made of."""
+
+
+def relative_utility(parts: Mapping[str, Score], finetuned: Mapping[str, float]) -> Score:
+    """``utility``: HM of model utility and forget fluency, each divided by the fine-tuned model's (2506.12618, F.1).
+
+    A ratio may exceed 1, as in the paper's tables. No value where the fine-tuned model's number is 0.
+    """
+    ratios: dict[str, float] = {}
+    for name in RELATIVE_PARTS:
+        value = parts[name].value
+        if value is None or not finetuned[name] > 0:
+            why = f"{name} has no value: {parts[name].why}" if value is None else f"the fine-tuned model's {name} is 0"
+            return Score(None, why=why)
+        ratios[name] = value / finetuned[name]
+    return Score(harmonic_mean(list(ratios.values())), extra={"relative": ratios})
+
+
+def overall(parts: Mapping[str, Score]) -> Score:
+    """``agg``: HM(Mem, Priv, Utility) (2506.12618, F.1). Show the parts beside it."""
+    values = {name: parts[name].value for name in OVERALL_PARTS}
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        return Score(None, why=f"no value for {', '.join(missing)}")
+    return Score(harmonic_mean([v for v in values.values() if v is not None]))

@@ -1,4 +1,4 @@
-"""The retain model's result file: what forget quality and privleak compare with."""
+"""Result files of other models to compare with: the retain model's and the fine-tuned one's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ RUN_KEY = "_run"
 
 
 @dataclass(frozen=True)
-class RetainLogs:
-    """The metrics of a TOFU_EVAL.json, ours or OpenUnlearning's; ``name`` is what messages call it."""
+class ModelLogs:
+    """The metrics of an evaluation file, ours or OpenUnlearning's. Messages call it by its ``name`` and the setting
+    (``key``) that it came from."""
 
     name: str
     metrics: Mapping[str, Any]
+    key: str = "retain_logs_path"
 
     def _entry(self, metric: str, key: str) -> Any:
         entry = self.metrics.get(metric)
@@ -30,9 +32,9 @@ class RetainLogs:
             where = f"{metric}.{key}"
             reason = entry.get("why") if isinstance(entry, Mapping) else None
             raise ArtifactError(
-                f"{self.name}: no {where} (retain_logs_path)"
+                f"{self.name}: no {where} ({self.key})"
                 + (f": {reason}" if reason else "")
-                + ". Evaluate the retain model with the same suite and splits."
+                + ". Evaluate that model with the same suite and splits."
             )
         return entry[key]
 
@@ -44,14 +46,14 @@ class RetainLogs:
             return np.array([np.nan if v is None else float(v) for v in ordered])
         except (TypeError, ValueError, KeyError, AttributeError) as e:
             raise ArtifactError(
-                f"{self.name}: forget_truth_ratio.value_by_index is not row -> {{'score': number}} (retain_logs_path)"
+                f"{self.name}: forget_truth_ratio.value_by_index is not row -> {{'score': number}} ({self.key})"
             ) from e
 
-    def auc(self, attack: str) -> float:
-        """An attack's AUC. Raises ``ArtifactError`` naming the file and the missing key."""
-        value = self._entry(attack, "agg_value")
+    def value(self, metric: str) -> float:
+        """A metric's value. Raises ``ArtifactError`` naming the file and the missing key."""
+        value = self._entry(metric, "agg_value")
         if not isinstance(value, int | float):
-            raise ArtifactError(f"{self.name}: {attack}.agg_value is not a number (retain_logs_path)")
+            raise ArtifactError(f"{self.name}: {metric}.agg_value is not a number ({self.key})")
         return float(value)
 
     def check_digest(self, split: str, digest: str) -> None:
@@ -59,7 +61,7 @@ class RetainLogs:
         known = _digest(self.metrics, split)
         if known is not None and known != digest:
             raise ArtifactError(
-                f"{self.name} (retain_logs_path): the retain log is of another {split} split"
+                f"{self.name} ({self.key}): the retain log is of another {split} split"
                 f"{_named(self.metrics, split)}: its rows are {known}, this run's are {digest}"
             )
 
@@ -96,8 +98,8 @@ def _digest(metrics: Mapping[str, Any], split: str) -> str | None:
     return found.get("digest") if isinstance(found, Mapping) else None
 
 
-def load_retain_logs(path: Path | str) -> RetainLogs:
-    """Read the retain model's TOFU_EVAL.json, ours or OpenUnlearning's (also nested under ``metrics``).
+def load_model_logs(path: Path | str, key: str = "retain_logs_path") -> ModelLogs:
+    """Read another model's TOFU_EVAL.json, ours or OpenUnlearning's (also nested under ``metrics``).
 
     Raises ``ArtifactError`` when the file is missing, is no JSON, or holds no metrics at all.
     """
@@ -107,5 +109,5 @@ def load_retain_logs(path: Path | str) -> RetainLogs:
     if not isinstance(metrics, Mapping) or not any(
         isinstance(v, Mapping) and "agg_value" in v for v in metrics.values()
     ):
-        raise ArtifactError(f"{path}: no metric with an agg_value; retain_logs_path names a TOFU_EVAL.json")
-    return RetainLogs(str(path), metrics)
+        raise ArtifactError(f"{path}: no metric with an agg_value; {key} names a TOFU_EVAL.json")
+    return ModelLogs(str(path), metrics, key)
