@@ -52,6 +52,10 @@ class Rows:
             seen = {**{e["id"]: e for e in self.forget}, **seen}
         return list(seen.values())
 
+    def ids(self) -> set[str]:
+        """Ids of the rows that are trained on: learnt, or forgotten (fine-tuning marks its forget rows alone)."""
+        return {e["id"] for e in (self.train or (*self.forget, *self.retain))}
+
     def digest(self) -> str:
         """Digest of every split's ids (which are digests of the texts) in order."""
         splits = {"train": self.train, "forget": self.forget, "retain": self.retain}
@@ -83,7 +87,11 @@ def read_rows(config: RunConfig) -> Rows:
                 ["data.train: fine-tuning needs a training set (experiment=finetune/tofu/default sets one)"]
             )
         forget = _load(config.data.forget, data_dir) if config.partition.scheme == "target" else ()
-        return Rows(train=_load(config.data.train, data_dir), forget=forget)
+        left_out = {e["id"] for e in _load(config.data.exclude, data_dir)}
+        train = tuple(e for e in _load(config.data.train, data_dir) if e["id"] not in left_out)
+        if not train:
+            raise DataError("data.exclude: leaves no row of data.train")
+        return Rows(train=train, forget=forget)
     rows = Rows(forget=_load(config.data.forget, data_dir), retain=_load(config.data.retain, data_dir))
     if not rows.forget:
         raise ConfigError(["data.forget: unlearning needs a forget set (experiment=unlearn/tofu/default sets one)"])

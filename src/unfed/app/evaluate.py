@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from unfed.app.progress import console, say, show_scores
+from unfed.app.rundir import seen_rows
 from unfed.base.errors import ConfigError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
@@ -102,6 +103,8 @@ def evaluate_model(
     given = config.eval
     assert given is not None
     logs = load_model_logs(given.retain_logs_path) if given.retain_logs_path else None
+    if logs is not None and isinstance(loaded.model, PeftModel):
+        logs.check_base(loaded.fingerprint)
     rows = evaluation_rows(given, config.paths.data_dir) if rows is None else rows
     with console.status("evaluating") as status:
 
@@ -115,7 +118,9 @@ def evaluate_model(
             cache=_cache(given, loaded),
         )
         result = evaluate(loaded.model, loaded.tokenizer, config.model.template_args, suite, rows, logs)
-    write_results(result, directory, {**digests_of(loaded), **_data_digests(rows)})
+    seen = seen_rows(loaded.adapter_path)
+    forgotten = sum(row["id"] in seen for row in rows.get("forget", ())) if seen else None
+    write_results(result, directory, {**digests_of(loaded), **_data_digests(rows)}, forgotten)
     for name, score in result.scores.items():
         if score.value is None and name in (given.metrics or result.suite.default):
             say(f"{name}: no value: {score.why}")

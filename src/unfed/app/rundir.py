@@ -21,6 +21,8 @@ from unfed.federated.checkpoint import Checkpoints
 
 RUN_FILE = "run.json"
 PARTITION_FILE = "partition.json"
+TRAIN_ROWS_FILE = "train_rows.json"
+"""Ids of all rows that an adapter, or one that it goes on from, was trained on: an oracle's has none to forget."""
 PACKAGES = ("unfed", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "safetensors", "numpy")
 
 
@@ -38,10 +40,10 @@ def plain(value: Any) -> Any:
 def training_identity(config: RunConfig) -> dict[str, Any]:
     """What two runs must share for one to resume the other: all but where to, how to report, and evaluation."""
     identity = plain(config)
-    for key in ("resume", "overwrite", "eval", "paths", "task_name"):
+    for key in ("resume", "overwrite", "eval", "paths", "task_name", "oracle"):
         identity.pop(key)
     identity["engine"].pop("keep_checkpoints")
-    for key in ("report_to", "run_name", "logging_steps", "dataloader_num_workers"):
+    for key in ("report_to", "run_name", "logging_steps", "dataloader_num_workers", "eval_strategy"):
         (identity.get("trainer") or {}).get("args", {}).pop(key, None)
     return identity
 
@@ -55,6 +57,13 @@ def versions() -> dict[str, str]:
     threads = torch.get_num_threads()
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread(s)"
     return found
+
+
+def seen_rows(adapter: str | None) -> set[str]:
+    """What an adapter's directory says of the rows that it was trained on (nothing for one from elsewhere)."""
+    file = Path(adapter or "") / TRAIN_ROWS_FILE
+    found = read_json(file) if adapter is not None and file.is_file() else []
+    return {str(i) for i in found} if isinstance(found, list) else set()
 
 
 class RunDir:

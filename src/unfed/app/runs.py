@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from unfed.app import build
-from unfed.app.evaluate import evaluate_model
+from unfed.app.evaluate import evaluate_model, evaluation_rows
+from unfed.app.oracle import with_oracle
 from unfed.app.progress import Reporter, say, show_schedule
-from unfed.app.rundir import PARTITION_FILE, RunDir, open_run, training_identity
+from unfed.app.rundir import PARTITION_FILE, TRAIN_ROWS_FILE, RunDir, open_run, seen_rows, training_identity
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, read_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
@@ -51,6 +52,8 @@ class RunResult:
 def run(config: RunConfig) -> RunResult:
     """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend."""
     try:
+        if config.mode == "unlearn" and config.oracle == "auto":
+            config = with_oracle(config, run)
         return evaluate_only(config) if config.mode == "eval" else train(config)
     except torch.OutOfMemoryError as e:
         raise UnfedError(advice.out_of_memory(_memory_settings(config), str(e))) from e
@@ -73,9 +76,11 @@ def _memory_settings(config: RunConfig) -> dict[str, Any]:
 
 def evaluate_only(config: RunConfig) -> RunResult:
     """Open the model, score it, write the result files."""
+    assert config.eval is not None
+    rows = evaluation_rows(config.eval, config.paths.data_dir)  # a wrong row is found before the model is opened
     with open_run(config) as directory:
         loaded = _open(config, trainable=False)
-        result = evaluate_model(config, loaded, directory.path)
+        result = evaluate_model(config, loaded, directory.path, rows)
         directory.note(summary=result.summary())
         return RunResult(directory.path, (), result.summary(), result)
 
@@ -153,7 +158,7 @@ def train(config: RunConfig) -> RunResult:
             finally:
                 reporter.close()
         warnings = [*_warnings(schedule, client, keeper.records), *_left_out(schedule, keeper.records)]
-        _save(directory, loaded, local, state, clients)
+        _save(directory, loaded, local, state, clients, rows)
         directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
@@ -254,6 +259,7 @@ def _save(
     local: Local,
     state: ServerState,
     clients: Mapping[str, ClientData],
+    rows: build.Rows,
 ) -> None:
     save_adapter(loaded.model, state.adapter, directory.path)
     try:
@@ -265,6 +271,7 @@ def _save(
         "base_fingerprint": loaded.fingerprint,
         "adapter": state.adapter.digest(),
     }
+    write_json(directory.path / TRAIN_ROWS_FILE, sorted(seen_rows(loaded.adapter_path) | rows.ids()))
     probe = _forget_loss(local, clients)  # save_adapter has written the final adapter into the model
     if probe is not None:
         origin["forget_loss"] = probe

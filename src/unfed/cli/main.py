@@ -26,6 +26,9 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command("fine-tune an adapter across clients", "unfed.cli.fed_train:finetune"),
     "unlearn": Command("unlearn the target client's forget set", "unfed.cli.fed_train:unlearn"),
     "evaluate": Command("score a model or an adapter", "unfed.cli.evaluate:main"),
+    "oracle": Command(
+        "train and evaluate the model that never saw an unlearning run's forget set", "unfed.cli.show:oracle"
+    ),
     "quickstart": Command(
         "learn, forget and measure on a tiny model: three minutes, no network", "unfed.cli.study:quickstart"
     ),

@@ -22,6 +22,13 @@ def plan(argv: Sequence[str] | None = None) -> int:
     return _show("plan", "parameters, traffic, memory", _plan, argv)
 
 
+def oracle(argv: Sequence[str] | None = None) -> int:
+    """``unfed oracle <the arguments of an unlearning run>``: train and evaluate its oracle; the log's path."""
+    return _show(
+        "oracle", "the result file of that unlearning run's oracle, trained where it was not yet", _oracle, argv
+    )
+
+
 def _show(command: str, what: str, work: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     if not {"-h", "--help"} & set(given):
@@ -50,6 +57,16 @@ def _plan(argv: Sequence[str]) -> int:
     lines = work_out(resolve(argv, DEFAULT)).lines()
     width = max(len(label) for label, _ in lines)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in lines))
+    return 0
+
+
+def _oracle(argv: Sequence[str]) -> int:
+    from unfed.app.oracle import oracle_logs
+    from unfed.app.runs import run
+    from unfed.config.compat import resolve
+
+    named = [] if any(token.lstrip("+").startswith("task_name=") for token in argv) else ["task_name=oracle"]
+    print(oracle_logs(resolve([*argv, *named], DEFAULT, files=True), run))
     return 0
 
 

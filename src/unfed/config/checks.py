@@ -165,6 +165,10 @@ def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if config.mode == "finetune" and data.train is None:
         yield "data.train: fine-tuning needs a training set; take experiment=finetune/tofu/default or data=finetune"
+    if config.oracle is not None and config.mode != "unlearn":
+        yield f"oracle={config.oracle}: belongs to an unlearning run, this one has mode={config.mode}"
+    elif config.oracle is not None and config.eval is not None and config.eval.retain_logs_path is not None:
+        yield f"oracle={config.oracle} and retain_logs_path={config.eval.retain_logs_path}: give one of them"
     if config.mode == "unlearn":
         yield from (
             f"data.{split}: unlearning needs it; take experiment=unlearn/tofu/default or data=unlearn"
@@ -195,8 +199,8 @@ def datasets(data: DataConfig) -> list[tuple[str, DatasetConfig]]:
     """The data sets of a run with their keys."""
     return [
         (f"data.{name}", dataset)
-        for name, dataset in (("train", data.train), ("forget", data.forget), ("retain", data.retain))
-        if dataset is not None
+        for name in ("train", "forget", "retain", "exclude")
+        if (dataset := getattr(data, name)) is not None
     ]
 
 
@@ -223,5 +227,5 @@ def _limits(config: RunConfig) -> Iterator[str]:
     if not 0 < e.generation.top_p <= 1:
         yield f"eval.generation.top_p={e.generation.top_p}: must be above 0 and at most 1"
     numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
-    numbers["generation.max_new_tokens"] = e.generation.max_new_tokens
+    numbers |= {"generation.max_new_tokens": e.generation.max_new_tokens, "round_limit": e.round_limit}
     yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)

@@ -12,6 +12,7 @@ import numpy as np
 from unfed.base.artifacts import read_json
 from unfed.base.errors import ArtifactError
 from unfed.metrics.stats import Array
+from unfed.models.load import same_base
 
 RUN_KEY = "_run"
 """Entry of a TOFU_EVAL.json that says which rows were scored; other tools' files have none."""
@@ -55,6 +56,29 @@ class ModelLogs:
         if not isinstance(value, int | float):
             raise ArtifactError(f"{self.name}: {metric}.agg_value is not a number ({self.key})")
         return float(value)
+
+    def check_unseen(self) -> None:
+        """Refuse the log of a model that was trained on forget rows, where the log knows. Raises ``ArtifactError``."""
+        run = self.metrics.get(RUN_KEY)
+        seen = run.get("forget_rows_seen") if isinstance(run, Mapping) else None
+        if isinstance(seen, int) and seen > 0:
+            raise ArtifactError(
+                f"{self.name} ({self.key}): is of a model that was trained on {seen} of the forget rows; the model to "
+                "compare with must never have seen them (oracle=auto trains one)"
+            )
+
+    def check_base(self, fingerprint: str) -> None:
+        """Refuse the log of an adapter on another base than ``fingerprint``, where the log knows its base."""
+        run = self.metrics.get(RUN_KEY)
+        digests = run.get("digests") if isinstance(run, Mapping) else None
+        if not isinstance(digests, Mapping) or "adapter" not in digests:
+            return
+        known = digests.get("base")
+        if isinstance(known, str) and not same_base(known, fingerprint):
+            raise ArtifactError(
+                f"{self.name} ({self.key}): is of an adapter on another base model than this run's (its weights have "
+                f"the digest {known[-12:]}, this run's {fingerprint[-12:]})"
+            )
 
     def check_digest(self, split: str, digest: str) -> None:
         """Refuse a log of ours whose ``split`` had other rows. Raises ``ArtifactError``."""

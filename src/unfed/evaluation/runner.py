@@ -51,11 +51,14 @@ class EvalResult:
     parity: str | None = None
     suite: Suite = TOFU
 
-    def to_eval_json(self, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def to_eval_json(
+        self, digests: Mapping[str, str] | None = None, forget_rows_seen: int | None = None
+    ) -> dict[str, Any]:
         """The content of TOFU_EVAL.json: metric -> ``agg_value``, ``value_by_index``, and ``why`` if any.
 
         The entry ``_run`` says which rows, and by ``digests`` which model and data; its ``agg_value`` is null, so
-        that scripts that walk over the metrics pass over it.
+        that scripts that walk over the metrics pass over it. ``forget_rows_seen``: how many of the forget rows the
+        model was trained on (an oracle: 0), where that is known.
         """
         run = {
             "agg_value": None,
@@ -64,6 +67,7 @@ class EvalResult:
             },
             "parity": self.parity,
             "digests": dict(digests or {}),
+            **({} if forget_rows_seen is None else {"forget_rows_seen": forget_rows_seen}),
         }
         return {**{name: _entry(score) for name, score in self.scores.items()}, RUN_KEY: run}
 
@@ -159,6 +163,7 @@ def _check_logs(
     It is asked only for what this run will compare with it: a run without holdout rows has no privleak, and needs none
     of the log.
     """
+    logs.check_unseen()
     names = {m.name for m in metrics}
     forget = rows_by_split.get("forget", ())
     if "forget_quality" in names and all(
@@ -172,11 +177,16 @@ def _check_logs(
             logs.check_digest(split, digests[split])
 
 
-def write_results(result: EvalResult, directory: Path | str, digests: Mapping[str, str] | None = None) -> None:
+def write_results(
+    result: EvalResult,
+    directory: Path | str,
+    digests: Mapping[str, str] | None = None,
+    forget_rows_seen: int | None = None,
+) -> None:
     """Write the suite's two result files (``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json``), each atomically.
 
     ``digests`` names what was evaluated (``{"adapter": "sha256:...", "data": ...}``), so that a result cannot
     be taken for another model's. Raises ``ArtifactError`` when the directory cannot be written to.
     """
-    write_json(Path(directory) / result.suite.eval_file, result.to_eval_json(digests))
+    write_json(Path(directory) / result.suite.eval_file, result.to_eval_json(digests, forget_rows_seen))
     write_json(Path(directory) / result.suite.summary_file, result.summary())

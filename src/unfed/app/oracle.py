@@ -1,0 +1,167 @@
+"""The oracle of an unlearning run: the model that fine-tuning would have made without the forget rows.
+
+It is trained as the fine-tuned adapter was (the configuration in that run's ``run.json``): the same base, partition,
+seeds and schedule, and the same rows but those to forget. It is trained once, under a name made of all that decides it,
+and evaluated with the unlearning run's own suite; the result is what ``retain_logs_path`` stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unfed.app.progress import say
+from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, training_identity
+from unfed.base.artifacts import digest_file, digest_json, read_json
+from unfed.base.errors import ArtifactError, ConfigError, UnfedError
+from unfed.config.preflight import preflight
+from unfed.config.schema import EvalConfig, RunConfig
+from unfed.config.shape import validate
+from unfed.data.datasets import load_rows
+from unfed.evaluation.suites import SUITES
+from unfed.federated.checkpoint import Checkpoints
+
+Start = Callable[[RunConfig], Any]
+"""Runs a configuration: :func:`unfed.app.runs.run`."""
+
+RELATIVE = frozenset({"utility", "agg"})
+"""Metrics that compare with the fine-tuned model."""
+
+
+def with_oracle(config: RunConfig, start: Start) -> RunConfig:
+    """``config`` with the logs of its oracle, trained and evaluated where that was not done before.
+
+    Where a metric is relative to the fine-tuned model, that is evaluated as well. Raises ``UnfedError`` where the
+    adapter does not say how it was made.
+    """
+    if config.eval is None or not config.eval.enabled:
+        raise ConfigError(["oracle=auto: there is no evaluation that would compare with it (eval, eval.enabled)"])
+    given = replace(config.eval, retain_logs_path=str(oracle_logs(config, start)))
+    if RELATIVE & set(given.metrics) and given.finetuned_logs_path is None:
+        source = finetuned_run(config)
+        logs = _evaluated(config, source, source.parent / f"{source.name}_eval", given.retain_logs_path, start)
+        given = replace(given, finetuned_logs_path=str(logs))
+    return replace(config, eval=given, oracle=None)
+
+
+def oracle_logs(config: RunConfig, start: Start) -> Path:
+    """The result file of the oracle of an unlearning run; made where it is not there."""
+    oracle = oracle_config(config)
+    place = Path(oracle.paths.output_dir)
+    if run_status(place) == "finished":
+        say(f"oracle: trained before ({place})")
+    else:
+        say(f"oracle: training the model that never saw the forget rows ({place})")
+        resume = Checkpoints(place, {}).exist()
+        start(replace(oracle, resume=resume, overwrite=not resume))
+    return _evaluated(config, place, place, None, start)
+
+
+def oracle_config(config: RunConfig) -> RunConfig:
+    """The fine-tuning that leaves out the forget rows of the unlearning run ``config``."""
+    if config.mode != "unlearn" or config.data.forget is None:
+        raise ConfigError([f"oracle: a run with mode={config.mode} has none; it belongs to an unlearning run"])
+    source = finetuned_run(config)
+    made = _configuration(source)
+    assert made.data.train is not None
+    rows = {row["id"] for row in load_rows(config.data.forget, config.paths.data_dir)}
+    known = {row["id"] for row in load_rows(made.data.train, made.paths.data_dir)}
+    if not rows & known:
+        raise UnfedError(
+            f"oracle: none of the {len(rows)} rows of data.forget ({config.data.forget.name}) was among the rows that "
+            f"{source} was fine-tuned on ({made.data.train.name}): there is nothing to leave out"
+        )
+    manifest = source / PARTITION_FILE
+    oracle = replace(
+        made,
+        data=replace(made.data, exclude=config.data.forget),
+        partition=replace(made.partition, manifest=str(manifest)) if manifest.is_file() else made.partition,
+        trainer=made.trainer and replace(made.trainer, args={**made.trainer.args, "eval_strategy": "no"}),
+        eval=None,
+        oracle=None,
+        resume=False,
+        overwrite=False,
+    )
+    parts = [training_identity(oracle), sorted(rows), digest_file(manifest) if manifest.is_file() else None]
+    name = f"{source.name}_{digest_json([*parts, _base(source)]).rpartition(':')[2][:12]}"
+    place = Path(config.paths.root_dir) / "saves" / "oracle" / name
+    oracle = replace(oracle, task_name=name, paths=replace(made.paths, output_dir=str(place)))
+    problems = preflight(oracle)
+    if problems:
+        raise ConfigError([f"oracle (as {source / RUN_FILE} has it): {p}" for p in problems])
+    return oracle
+
+
+def finetuned_run(config: RunConfig) -> Path:
+    """The directory of the fine-tuning that the run's adapter comes from."""
+    args = config.model.model_args
+    for place in (args.lora_model_path, args.pretrained_model_name_or_path):
+        if place is not None and (Path(place) / RUN_FILE).is_file():
+            return Path(place)
+    named = args.lora_model_path or args.pretrained_model_name_or_path
+    raise UnfedError(
+        f"oracle=auto: {named} has no {RUN_FILE} that says how it was trained, so its oracle cannot be trained in the "
+        "same way: fine-tune with Unfed, or train a model without the forget rows yourself (unfed train with "
+        "train_split=retain90), evaluate it, and give its result file as retain_logs_path"
+    )
+
+
+def _configuration(source: Path) -> RunConfig:
+    """The configuration of a finished fine-tuning."""
+    found = read_json(source / RUN_FILE)
+    stored = found.get("config") if isinstance(found, dict) else None
+    made, problems = validate(stored) if isinstance(stored, dict) else (None, ["it holds no configuration"])
+    if made is None or problems:
+        raise ArtifactError(
+            f"oracle: {source / RUN_FILE} cannot be read as a run of this version: {'; '.join(problems)}"
+        )
+    if made.mode != "finetune":
+        raise UnfedError(
+            f"oracle=auto: {source} was made by mode={made.mode}, and an oracle is trained as a fine-tuned model was: "
+            "train and evaluate it yourself, without all rows that were ever to be forgotten, and give its result file "
+            "as retain_logs_path"
+        )
+    return made
+
+
+def _base(source: Path) -> str | None:
+    file = source / "unfed.json"
+    found = read_json(file) if file.is_file() else {}
+    return found.get("base_fingerprint") if isinstance(found, dict) else None
+
+
+def _evaluated(config: RunConfig, model: Path, below: Path, retain_logs: str | None, start: Start) -> Path:
+    """The result file of ``model`` under the suite of ``config``; evaluated where that was not done before."""
+    assert config.eval is not None
+    suite = replace(config.eval, retain_logs_path=retain_logs, finetuned_logs_path=None)
+    place = below / f"eval_{digest_json(_settings(suite)).rpartition(':')[2][:12]}"
+    file = place / SUITES[suite.suite].eval_file
+    if run_status(place) == "finished" and file.is_file():
+        return file
+    args = replace(config.model.model_args, pretrained_model_name_or_path=str(model), lora_model_path=None)
+    say(f"evaluating {model}")
+    start(
+        replace(
+            config,
+            mode="eval",
+            task_name=place.name,
+            model=replace(config.model, model_args=args),
+            paths=replace(config.paths, output_dir=str(place)),
+            trainer=None,
+            method=None,
+            aggregator=None,
+            eval=suite,
+            oracle=None,
+            resume=False,
+            overwrite=True,
+        )
+    )
+    return file
+
+
+def _settings(suite: EvalConfig) -> dict[str, Any]:
+    """What decides the numbers: not where things are kept, nor how they are batched."""
+    passing = {"cache_dir", "batch_size", "max_tokens", "round_metrics", "round_limit", "enabled"}
+    return {k: v for k, v in plain(suite).items() if k not in passing}
