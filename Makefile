@@ -26,8 +26,9 @@ $(RUN_STAMP): requirements.txt pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install -q -r requirements.txt
 	@touch $@
 
-$(DEV_STAMP): requirements-dev.txt $(RUN_STAMP)
+$(DEV_STAMP): requirements-dev.txt requirements-benchmarks.txt $(RUN_STAMP)
 	@$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@$(BIN)/python -m pip install -q --no-deps -r requirements-benchmarks.txt
 	@touch $@
 
 venv: $(RUN_STAMP) ## make the virtual environment

@@ -18,7 +18,7 @@ SCRIPTS = sorted(p for d in ("scripts", "benchmarks", "examples") for p in (REPO
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 GUIDES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
 SHELL = {"bash", "sh", "shell", "console"}
-EXTRAS = {"flash_attn", "bitsandbytes", "deepspeed", "nvflare", "ray"}
+EXTRAS = {"flash_attn", "bitsandbytes", "deepspeed", "nvflare", "ray", "lm_eval", "evaluate"}
 # Parts of a named library that it pins itself.
 PARTS = {"pydantic_core": "pydantic"}
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -108,7 +108,15 @@ def test_every_library_imported_is_named_in_pyproject():
     assert not unnamed
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "tests/compat/requirements-peft013.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "requirements.txt",
+        "requirements-dev.txt",
+        "requirements-benchmarks.txt",
+        "tests/compat/requirements-peft013.txt",
+    ],
+)
 def test_requirements_are_pinned_exactly(name):
     lines = [line.split("#")[0].strip() for line in (REPO / name).read_text(encoding="utf-8").splitlines()]
     loose = [

@@ -16,6 +16,7 @@ from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
 from unfed.data.datasets import DatasetSpec, data_digest, load_rows
 from unfed.data.spec import tofu_datasets
+from unfed.evaluation import general
 from unfed.evaluation.retain_logs import load_retain_logs
 from unfed.evaluation.runner import SUMMARY_FILE, EvalResult, evaluate, write_results
 from unfed.evaluation.suites import TOFU_DEFAULT, SuiteConfig
@@ -74,9 +75,29 @@ def _reference(config: RunConfig, loaded: LoadedModel) -> Callable[[], AbstractC
     return opened
 
 
+def _digests(loaded: LoadedModel) -> dict[str, str]:
+    """Which model was scored."""
+    if isinstance(loaded.model, PeftModel):
+        return {"base": loaded.fingerprint, "adapter": snapshot(loaded.model).digest()}
+    # Of a whole model, a copy to hash would cost as much memory again.
+    return {"base": loaded.fingerprint, "model": fingerprint(loaded.model)}
+
+
+def _benchmarks(config: EvalConfig, loaded: LoadedModel, directory: Path) -> EvalResult:
+    say(f"benchmarks: {', '.join(config.lm_eval.tasks)}")
+    result = general.evaluate_benchmarks(loaded.model, loaded.tokenizer, config.lm_eval)
+    general.write_benchmarks(result, directory, _digests(loaded))
+    for line in result.lines():
+        say(line)
+    say(f"{len(result.scores)} scores: {directory / general.EVAL_FILE}")
+    return result
+
+
 def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> EvalResult:
-    """Score ``loaded`` and write TOFU_EVAL.json and TOFU_SUMMARY.json into ``directory``."""
+    """Score ``loaded`` and write TOFU_EVAL.json and TOFU_SUMMARY.json (LM_... for benchmarks) into ``directory``."""
     assert config.eval is not None
+    if config.eval.suite == "lm_eval":
+        return _benchmarks(config.eval, loaded, directory)
     logs = load_retain_logs(config.eval.retain_logs_path) if config.eval.retain_logs_path else None
     rows = evaluation_rows(config.eval, config.paths.data_dir)
     with console.status("evaluating") as status:
@@ -86,12 +107,7 @@ def evaluate_model(config: RunConfig, loaded: LoadedModel, directory: Path) -> E
 
         suite = replace(suite_of(config.eval), progress=progress, reference=_reference(config, loaded))
         result = evaluate(loaded.model, loaded.tokenizer, config.model.template_args, suite, rows, logs)
-    digests = {"base": loaded.fingerprint}
-    if isinstance(loaded.model, PeftModel):
-        digests["adapter"] = snapshot(loaded.model).digest()
-    else:  # of a whole model, a copy to hash would cost as much memory again
-        digests["model"] = fingerprint(loaded.model)
-    digests |= {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
+    digests = _digests(loaded) | {f"data.{split}": data_digest(examples) for split, examples in rows.items()}
     write_results(result, directory, digests)
     for name, score in result.scores.items():
         if score.value is None and name in (config.eval.metrics or TOFU_DEFAULT):

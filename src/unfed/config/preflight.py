@@ -32,11 +32,19 @@ def _reference_model(config: RunConfig) -> Iterator[str]:
         yield f"eval.reference_model_path={path}: {problem}"
 
 
+def _benchmarks(config: RunConfig) -> Iterator[str]:
+    if config.eval is not None and config.eval.enabled and config.eval.suite == "lm_eval":
+        from unfed.evaluation.lm_tasks import limit_problems, task_problems
+
+        if not limit_problems(config.eval.lm_eval):
+            yield from task_problems(config.eval.lm_eval)
+
+
 def _data_files(config: RunConfig) -> Iterator[str]:
     from unfed.data.datasets import preflight as look
 
     sets = {(d.path, d.name): d for _, d in datasets(config.data)}
-    if config.eval is not None and config.eval.enabled:
+    if config.eval is not None and config.eval.enabled and config.eval.suite == "tofu":
         name = tofu_datasets(config.eval.forget_split)["forget"]
         sets[config.eval.path, name] = DatasetConfig(config.eval.path, name)
     try:
@@ -53,7 +61,7 @@ def _evaluation_files(config: RunConfig) -> Iterator[str]:
     """
     from unfed.data.datasets import DatasetSpec, local_file, read_json_lines
 
-    if config.eval is None or not config.eval.enabled:
+    if config.eval is None or not config.eval.enabled or config.eval.suite != "tofu":
         return
     for name in tofu_datasets(config.eval.forget_split, config.eval.holdout_split).values():
         try:
@@ -110,6 +118,7 @@ def _output(config: RunConfig) -> Iterator[str]:
 PREFLIGHT: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_files,
     _reference_model,
+    _benchmarks,
     _data_files,
     _evaluation_files,
     _other_files,
