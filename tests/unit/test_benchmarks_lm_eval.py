@@ -130,6 +130,7 @@ def test_accuracy_is_that_of_the_models_own_log_likelihoods(small_base, tasks, e
     assert (entry["n"], entry["version"], entry["num_fewshot"]) == (24, 7, 0)
     assert written["_run"]["settings"]["batch_size"] == 5
     assert set(written["_run"]["digests"]) == {"base", "model"}
+    assert written["_run"]["rows"]["letters"].startswith("sha256:")
     summary = json.loads((result.directory / "LM_SUMMARY.json").read_text())
     assert summary == result.summary == {"letters/acc": entry["agg_value"]}
     assert json.loads((result.directory / "run.json").read_text())["summary"] == summary
@@ -163,6 +164,7 @@ def test_a_group_is_the_mean_over_its_rows_and_limit_keeps_the_first(small_base,
     assert scores["all_letters/acc"]["agg_value"] == pytest.approx((sum(right) + sum(right[:6])) / 30)
     assert scores["again/acc"]["agg_value"] == pytest.approx(np.mean(right[:6]))
     assert set(result.summary) == {"all_letters/acc"}
+    assert len(set(scores["_run"]["rows"].values())) == 2  # six rows are other rows than twenty-four
     limited = evaluated(small_base, evaluation(tasks, limit=10))
     assert limited.summary == {"letters/acc": pytest.approx(np.mean(right[:10]))}
     assert limited.evaluation.scores["letters/acc"].extra["n"] == 10
@@ -224,8 +226,11 @@ def command(tasks, names="letters"):
 
 
 @NEEDS
-def test_unknown_tasks_and_files_are_found_before_the_model_is_opened(tasks):
+def test_unknown_tasks_and_files_are_found_before_the_model_is_opened(tasks, monkeypatch):
     assert resolve(command(tasks), "eval.yaml", files=True).eval.lm_eval.tasks == ("letters",)
+    # Reading all of lm-eval's tasks takes ten seconds (the slow test below does): here they are WMDP's.
+    index, home = lm_tasks._index, lm_tasks._homes(["wmdp"])
+    monkeypatch.setattr(lm_tasks, "_index", lambda folders, everything: index((*home, *folders), everything=False))
     with pytest.raises(ConfigError) as e:
         resolve(command(tasks, "leters,wmdp_bios"), "eval.yaml", files=True)
     first, second = e.value.problems
@@ -235,6 +240,36 @@ def test_unknown_tasks_and_files_are_found_before_the_model_is_opened(tasks):
     assert gone == f"eval.lm_eval.tasks: no_data: there is no file {tasks / 'gone.jsonl'}"
     (nowhere,) = preflight(resolve(command(tasks / "nowhere"), "eval.yaml"))
     assert f"eval.lm_eval.include_path={tasks / 'nowhere'}: there is no such directory" in nowhere
+
+
+@NEEDS
+def test_wmdp_is_found_without_the_index_of_everything():
+    args = resolve(["experiment=eval/wmdp", "task_name=t", "model=tiny"], "eval.yaml").eval.lm_eval
+    assert lm_tasks.task_problems(args) == []
+    found = lm_tasks._manager(args).task_index
+    assert set(args.tasks) <= set(found)
+    assert len(found) < 100
+
+
+@NEEDS
+@pytest.mark.slow
+def test_what_a_folder_gives_is_what_the_index_of_everything_gives():
+    everything = lm_tasks._index((), everything=True).task_index
+    assert len(everything) > 5000
+    general = resolve(["experiment=eval/general", "task_name=t", "model=tiny"], "eval.yaml").eval.lm_eval
+    assert lm_tasks.task_problems(general) == []
+    # A group of tags, as mmlu is, may have parts in any folder, so it takes the index of everything.
+    assert len(lm_tasks._manager(general).task_index) == len(everything)
+    names = ["wmdp", *lm_tasks.WMDP, *(t for t in general.tasks if t != "mmlu")]
+    some = lm_tasks._manager(LmEvalArgs(tasks=tuple(names))).task_index
+    assert len(some) < 1000
+    while names:
+        name = names.pop()
+        assert some[name].yaml_path == everything[name].yaml_path
+        parts = some[name].cfg["task"]
+        names += [] if isinstance(parts, str) else parts
+    (tag,) = lm_tasks.task_problems(LmEvalArgs(tasks=("ai2_arc", "wmdp_bioo")))  # a tag, of whichever folders
+    assert "no task 'wmdp_bioo'; did you mean wmdp_bio" in tag
 
 
 def test_without_lm_eval_one_message_says_how_to_install_it(tasks, monkeypatch):
@@ -273,19 +308,21 @@ def test_an_unlearning_run_takes_the_suite():
 
 
 @NEEDS
-def test_no_bar_is_drawn_where_nobody_looks_and_terminals_keep_them(small_base, tasks, capsys, monkeypatch):
+def test_no_bar_is_drawn_where_nobody_looks_and_terminals_keep_them(small_base, tasks, tmp_path, capfd, monkeypatch):
     import tqdm
 
     from unfed.evaluation.general import evaluate_benchmarks
 
     model, tokenizer = opened(small_base)
+    capfd.readouterr()
     model.train()
     before = tqdm.tqdm.__init__
+    monkeypatch.chdir(tmp_path)  # no repository
     args = evaluation(tasks, limit=2).lm_eval
     evaluate_benchmarks(model, tokenizer, args)
-    assert "it/s" not in capsys.readouterr().err
+    assert not [line for line in capfd.readouterr().err.splitlines() if "it/s" in line or "fatal" in line]
     assert model.training
     assert tqdm.tqdm.__init__ is before
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     evaluate_benchmarks(model, tokenizer, args)
-    assert "it/s" in capsys.readouterr().err
+    assert "it/s" in capfd.readouterr().err

@@ -15,7 +15,7 @@ import jinja2
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from unfed.base.artifacts import write_json
+from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import UnfedError
 from unfed.evaluation.lm_tasks import LmEvalArgs, known_names, load_tasks
 from unfed.evaluation.retain_logs import RUN_KEY
@@ -39,7 +39,8 @@ class BenchmarkResult(EvalResult):
 
     A metric of another filter than lm-eval's ``none`` keeps its name: ``gsm8k/exact_match,strict-match``. Each score's
     ``extra`` holds ``stderr`` (lm-eval's standard error of the mean, or ``None``), ``n`` (rows), ``version`` (of the
-    task) and ``num_fewshot``. ``run`` says with what settings.
+    task) and ``num_fewshot``. ``run`` says with what settings, and holds a digest of each task's rows and
+    prompts.
     """
 
     headline: tuple[str, ...] = ()
@@ -106,6 +107,7 @@ def evaluate_benchmarks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, ar
     scores = _scores(found)
     headline = tuple(n for n in scores if n.partition("/")[0] in names)
     run = {"tasks": known_names(tasks), "settings": asdict(args), "seeds": SEEDS}
+    run["rows"] = {task: _digest(rows) for task, rows in found["samples"].items()}
     run["versions"] = {p: metadata.version(p) for p in ("lm-eval", "datasets", "transformers")}
     return BenchmarkResult(scores, {}, headline=headline, run=run)
 
@@ -134,6 +136,11 @@ def _scores(found: Mapping[str, Any]) -> dict[str, Score]:
     return scores
 
 
+def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Which rows a task had, and how they were put to the model: few-shot examples and chat template included."""
+    return digest_json(sorted({(s["doc_id"], s["doc_hash"], s["prompt_hash"]) for s in samples}))
+
+
 def _rows(samples: Sequence[Mapping[str, Any]], metric: str, rule: str) -> tuple[Mapping[str, Any], ...] | None:
     """The metric of each row, in the order of the rows; ``None`` where it is not one number a row (or for a group)."""
     own = sorted((s for s in samples if s["filter"] == rule and metric in s), key=lambda s: s["doc_id"])
@@ -146,21 +153,24 @@ def _rows(samples: Sequence[Mapping[str, Any]], metric: str, rule: str) -> tuple
 def _quiet() -> Iterator[None]:
     """lm-eval's progress bars on a terminal only, and none of its remarks on being handed an open model.
 
-    It asks for its bars to be drawn, here and there without a switch, so they are switched off where they are made.
+    It asks for its bars to be drawn, here and there without a switch, so they are switched off where they are made. And
+    it asks git for the commit of the working directory, which has nothing to do with it and may be no repository.
     """
+    import lm_eval.evaluator
     import tqdm.std
 
     log, bar = logging.getLogger("lm_eval"), tqdm.std.tqdm
-    level, draw = log.level, bar.__init__
+    level, draw, commit = log.level, bar.__init__, lm_eval.evaluator.get_git_commit_hash
 
     def hidden(self: Any, *given: Any, **options: Any) -> None:
         draw(self, *given, **{**options, "disable": True})
 
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     log.setLevel(logging.CRITICAL)  # what matters is raised
     if not sys.stderr.isatty():
         bar.__init__ = hidden
     try:
         yield
     finally:
-        bar.__init__ = draw
+        bar.__init__, lm_eval.evaluator.get_git_commit_hash = draw, commit
         log.setLevel(level)

@@ -50,8 +50,8 @@ def limit_problems(args: LmEvalArgs) -> list[str]:
 def task_problems(args: LmEvalArgs) -> list[str]:
     """What is wrong with ``args`` as far as lm-eval's index and local files tell; no network is asked.
 
-    The index of lm-eval's own tasks takes some seconds to read, once a process; it is left alone when
-    ``include_path`` holds every task that is asked for.
+    The index of all of lm-eval's tasks takes about ten seconds to read; it is left alone when ``include_path`` and the
+    folders that have a task's name hold every task that is asked for.
     """
     if importlib.util.find_spec("lm_eval") is None:
         return [f"eval=lm_eval: the package lm-eval is not installed; {INSTALL}"]
@@ -91,26 +91,35 @@ def load_tasks(args: LmEvalArgs) -> tuple[Any, dict[str, list[Any]]]:
 
 
 def _manager(args: LmEvalArgs) -> Any:
-    if args.include_path is not None:
-        own = _index(args.include_path, lm_evals_own=False)
-        if all(_whole(name, own.task_index) for name in args.tasks):
-            return own
-    return _index(args.include_path, lm_evals_own=True)
+    own = () if args.include_path is None else (args.include_path,)
+    some = _index((*_homes(args.tasks), *own), everything=False)
+    return some if all(_whole(name, some.task_index) for name in args.tasks) else _index(own, everything=True)
+
+
+def _homes(names: Sequence[str]) -> list[str]:
+    """lm-eval's folders after which ``names`` are called (``wmdp`` of ``wmdp_bio``), where they usually are."""
+    spec = importlib.util.find_spec("lm_eval")
+    roots = [Path(p) / "tasks" for p in (spec.submodule_search_locations if spec else None) or ()]
+    folders = sorted(f for root in roots for f in root.iterdir() if f.is_dir())
+    return [str(f) for f in folders if any(n == f.name or n.startswith(f"{f.name}_") for n in names)]
 
 
 def _whole(name: str, index: Mapping[str, Any]) -> bool:
-    """Whether ``index`` holds a task, or a group with all of its parts (which may be lm-eval's own)."""
-    parts = (index[name].cfg or {}).get("task", ()) if name in index else None
-    if parts is None or isinstance(parts, str):
-        return parts is not None
-    return all(isinstance(part, str) and part != name and _whole(part, index) for part in parts)
+    """Whether ``index`` holds a task, or a group with all of its parts. Of a tag nobody knows who else carries it."""
+    if name not in index or index[name].cfg is None:
+        return False
+    parts = index[name].cfg.get("task", ())
+    return isinstance(parts, str) or all(
+        isinstance(part, str) and part != name and _whole(part, index) for part in parts
+    )
 
 
 @cache
-def _index(include_path: str | None, *, lm_evals_own: bool) -> Any:
+def _index(folders: tuple[str, ...], *, everything: bool) -> Any:
+    """The tasks in ``folders``; with ``everything`` behind all that lm-eval has."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path, include_defaults=lm_evals_own)
+    return TaskManager(include_path=list(folders), include_defaults=everything)
 
 
 def _unknown(name: str, index: Mapping[str, Any]) -> str:
