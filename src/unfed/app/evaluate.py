@@ -17,6 +17,7 @@ from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
 from unfed.data.benchmarks import EvaluationSplit, Layout, splits_of
 from unfed.data.datasets import data_digest, load_rows
+from unfed.evaluation import general
 from unfed.evaluation.cache import EvidenceCache
 from unfed.evaluation.logs import load_model_logs
 from unfed.evaluation.rows import needed_columns, read_rows
@@ -36,8 +37,9 @@ def evaluation_splits(config: EvalConfig) -> dict[str, EvaluationSplit]:
 
 def evaluation_rows(config: EvalConfig, data_dir: str | None) -> dict[str, list[Example]]:
     """The rows of every split that a wanted metric looks at. A forget split may have no holdout; that is said."""
-    splits = evaluation_splits(config)
-    suite = SUITES[config.suite]
+    if config.suite == "lm_eval":
+        return {}
+    splits, suite = evaluation_splits(config), SUITES[config.suite]
     if "holdout" not in splits and "holdout" in needed_columns(suite, config.metrics):
         say(f"evaluation: no holdout split goes with forget_split={config.forget_split}; give holdout_split=...")
     return read_rows(suite, config.metrics, splits, data_dir)
@@ -96,12 +98,24 @@ def _cache(config: EvalConfig, loaded: LoadedModel) -> EvidenceCache | None:
     return EvidenceCache(Path(config.cache_dir), digest.model, digest.base if judged_by_base else None)
 
 
+def _benchmarks(config: EvalConfig, loaded: LoadedModel, directory: Path) -> EvalResult:
+    say(f"benchmarks: {', '.join(config.lm_eval.tasks)}")
+    result = general.evaluate_benchmarks(loaded.model, loaded.tokenizer, config.lm_eval)
+    general.write_benchmarks(result, directory, digests_of(loaded))
+    for line in result.lines():
+        say(line)
+    say(f"{len(result.scores)} scores: {directory / general.EVAL_FILE}")
+    return result
+
+
 def evaluate_model(
     config: RunConfig, loaded: LoadedModel, directory: Path, rows: Mapping[str, Sequence[Example]] | None = None
 ) -> EvalResult:
     """Score ``loaded`` and write the suite's result files into ``directory``; ``rows`` where they were read before."""
     given = config.eval
     assert given is not None
+    if given.suite == "lm_eval":
+        return _benchmarks(given, loaded, directory)
     logs = load_model_logs(given.retain_logs_path) if given.retain_logs_path else None
     if logs is not None and isinstance(loaded.model, PeftModel):
         logs.check_base(loaded.fingerprint)

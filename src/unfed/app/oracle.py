@@ -36,7 +36,7 @@ def with_oracle(config: RunConfig, start: Start) -> RunConfig:
     Where a metric is relative to the fine-tuned model, that is evaluated as well. Raises ``UnfedError`` where the
     adapter does not say how it was made.
     """
-    if config.eval is None or not config.eval.enabled:
+    if config.eval is None or not config.eval.enabled or config.eval.suite not in SUITES:
         raise ConfigError(["oracle=auto: there is no evaluation that would compare with it (eval, eval.enabled)"])
     given = replace(config.eval, retain_logs_path=str(oracle_logs(config, start)))
     if RELATIVE & set(given.metrics) and given.finetuned_logs_path is None:

@@ -19,6 +19,7 @@ from unfed.config.schema import (
     RunConfig,
     TrainerConfig,
 )
+from unfed.evaluation.lm_tasks import limit_problems
 
 FINETUNERS = ("FederatedFinetune", "finetune")
 UNLEARNERS = ("FederatedUnlearningTrainer", *METHODS)
@@ -66,6 +67,8 @@ def _trainer_args(trainer: TrainerConfig) -> list[str]:
 
 
 def _metrics(given: EvalConfig) -> list[str]:
+    if given.suite == "lm_eval":
+        return ["eval.metrics: suite lm_eval takes its metrics from the tasks; leave it out"]
     from unfed.evaluation.suites import SUITES
 
     suite = SUITES[given.suite]
@@ -226,6 +229,8 @@ def _limits(config: RunConfig) -> Iterator[str]:
         yield f"eval.generation.temperature={e.generation.temperature}: must be above 0 (do_sample=false is greedy)"
     if not 0 < e.generation.top_p <= 1:
         yield f"eval.generation.top_p={e.generation.top_p}: must be above 0 and at most 1"
+    if e.suite == "lm_eval":
+        yield from limit_problems(e.lm_eval)
     numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
     numbers |= {"generation.max_new_tokens": e.generation.max_new_tokens, "round_limit": e.round_limit}
     yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)

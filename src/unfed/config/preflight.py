@@ -30,9 +30,20 @@ def _model_files(config: RunConfig) -> Iterator[str]:
 
 
 def _reference_model(config: RunConfig) -> Iterator[str]:
-    path = config.eval.reference_model_path if config.eval is not None and config.eval.enabled else None
-    if path is not None and (problem := path_problem(path)) is not None:
-        yield f"eval.reference_model_path={path}: {problem}"
+    if config.eval is None or not config.eval.enabled:
+        return
+    for key in ("reference_model_path", "gibberish_model"):
+        path = getattr(config.eval, key)
+        if path is not None and (problem := path_problem(path)) is not None:
+            yield f"eval.{key}={path}: {problem}"
+
+
+def _benchmarks(config: RunConfig) -> Iterator[str]:
+    if config.eval is not None and config.eval.enabled and config.eval.suite == "lm_eval":
+        from unfed.evaluation.lm_tasks import limit_problems, task_problems
+
+        if not limit_problems(config.eval.lm_eval):
+            yield from task_problems(config.eval.lm_eval)
 
 
 def _data_files(config: RunConfig) -> Iterator[str]:
@@ -52,7 +63,7 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
     What lies on the hub is looked at when it is there.
     """
     given, data_dir = config.eval, config.paths.data_dir
-    if given is None or not given.enabled:
+    if given is None or not given.enabled or given.suite == "lm_eval":
         return []
     from unfed.data.datasets import FICTIONAL, local_file
     from unfed.evaluation.rows import read_rows
@@ -116,6 +127,7 @@ def _output(config: RunConfig) -> Iterator[str]:
 PREFLIGHT: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_files,
     _reference_model,
+    _benchmarks,
     _data_files,
     _other_files,
     _manifest,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from unfed.base.params import STRICT
 from unfed.data.spec import DatasetSpec as DatasetConfig
 from unfed.data.spec import Template as TemplateArgs
+from unfed.evaluation.lm_tasks import LmEvalArgs
 from unfed.models.spec import ModelArgs, TokenizerArgs
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
@@ -128,10 +129,11 @@ class EvalConfig:
     """An evaluation suite. ``metrics``: names of ``TOFU_SUMMARY.json``; ``limit`` keeps the first rows of
     each split. Without ``holdout_split``, forget10 goes with holdout10, and so on. ``max_tokens`` is the token
     budget of a batch; ``batch_size`` bounds its rows. ``round_metrics`` and ``round_limit`` are for the evaluations
-    between rounds (``trainer.args.eval_strategy``). ``cache_dir``: what models said is kept there (none: not kept)."""
+    between rounds (``trainer.args.eval_strategy``). ``cache_dir``: what models said is kept there (none: not kept).
+    Suite ``lm_eval`` reads ``lm_eval`` alone."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    suite: Literal["tofu", "muse"] = "tofu"
+    suite: Literal["tofu", "muse", "lm_eval"] = "tofu"
     enabled: bool = True
     path: str = "locuslab/TOFU"
     forget_split: str = "forget10"
@@ -150,6 +152,7 @@ class EvalConfig:
     limit: int | None = None
     parity: Literal["openunlearning"] | None = None
     generation: GenerationConfig = GenerationConfig()
+    lm_eval: LmEvalArgs = LmEvalArgs()
 
 
 @dataclass(frozen=True)

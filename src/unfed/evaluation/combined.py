@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unfed.base.errors import ArtifactError
+from unfed.base.errors import ArtifactError, UnfedError
 from unfed.evaluation.rules import AgainstWrong, BaseRule, Findings
 from unfed.evaluation.scoring import Column, Extra
 from unfed.metrics import memorization, probability, summary
@@ -90,7 +90,10 @@ class Gibberish(BaseRule):
         from unfed.evaluation.classifier import GIBBERISH_DETECTOR, clean_probabilities
 
         own = found.evidence.generations[self.split]
-        return from_rows(clean_probabilities(own.texts, found.references.classifier or GIBBERISH_DETECTOR))
+        try:
+            return from_rows(clean_probabilities(own.texts, found.references.classifier or GIBBERISH_DETECTOR))
+        except UnfedError as e:  # the rest of the evaluation is done by now, and stands without it
+            return Score(None, why=str(e))
 
 
 @dataclass(frozen=True)
