@@ -15,6 +15,7 @@ import torch
 from unfed.app import build
 from unfed.app.evaluate import evaluate_model
 from unfed.app.progress import Reporter, say, show_schedule
+from unfed.app.robustness import check_robustness
 from unfed.app.rundir import PARTITION_FILE, RunDir, open_run, training_identity
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, read_json, write_json
@@ -77,6 +78,8 @@ def evaluate_only(config: RunConfig) -> RunResult:
         loaded = _open(config, trainable=False)
         result = evaluate_model(config, loaded, directory.path)
         directory.note(summary=result.summary())
+        if config.eval is not None and config.eval.robustness is not None:
+            check_robustness(config, loaded, directory.path, result)
         return RunResult(directory.path, (), result.summary(), result)
 
 

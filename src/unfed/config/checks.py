@@ -16,12 +16,15 @@ from unfed.config.schema import (
     DatasetConfig,
     EvalConfig,
     MethodArgs,
+    RobustnessConfig,
     RunConfig,
     TrainerConfig,
 )
 
 FINETUNERS = ("FederatedFinetune", "finetune")
 UNLEARNERS = ("FederatedUnlearningTrainer", *METHODS)
+BITS = (8, 4)
+NEED_A_LOG = ("forget_quality", "privleak", "priv")
 RENAMED_ARGS = {
     "evaluation_strategy": "is called eval_strategy now (and the evaluation follows the last round)",
     "per_gpu_train_batch_size": "is called per_device_train_batch_size now",
@@ -52,7 +55,7 @@ def named_things(config: RunConfig) -> list[str]:
             problems += aggregator_problems(name, config.aggregator.params)
     if config.trainer is not None:
         problems += _trainer_args(config.trainer)
-    if config.eval is not None and config.eval.metrics:
+    if config.eval is not None:
         problems += _metrics(config.eval)
     return problems
 
@@ -68,14 +71,21 @@ def _trainer_args(trainer: TrainerConfig) -> list[str]:
 def _metrics(given: EvalConfig) -> list[str]:
     from unfed.evaluation.suites import TOFU_METRICS
 
+    named = {
+        "eval.metrics": given.metrics,
+        "eval.robustness.metrics": given.robustness.metrics if given.robustness else (),
+    }
     return [
-        f"eval.metrics: no such metric {n!r}{nearest(n, TOFU_METRICS)}" for n in given.metrics if n not in TOFU_METRICS
+        f"{key}: no such metric {n!r}{nearest(n, TOFU_METRICS)}"
+        for key, names in named.items()
+        for n in names
+        if n not in TOFU_METRICS
     ]
 
 
 def consistency(config: RunConfig) -> list[str]:
     """Settings that are valid one by one and do not go together, and numbers out of their limits."""
-    return [problem for check in (_trainer, _federation, _lora, _data, _limits) for problem in check(config)]
+    return [problem for check in CHECKS for problem in check(config)]
 
 
 def _trainer(config: RunConfig) -> Iterator[str]:
@@ -225,3 +235,47 @@ def _limits(config: RunConfig) -> Iterator[str]:
     numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
     numbers["generation.max_new_tokens"] = e.generation.max_new_tokens
     yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)
+    if e.robustness is not None:
+        yield from _robustness(config.mode, e.robustness)
+
+
+def _robustness(mode: str, given: RobustnessConfig) -> Iterator[str]:
+    key = "eval.robustness"
+    if mode != "eval":
+        yield f"{key}: the checks are made on a finished model; take src/eval.py experiment=eval/robustness"
+    if not given.metrics:
+        yield f"{key}.metrics: names no metric"
+    yield from (
+        f"{key}.metrics: {n} compares with a retain model's log, which the checks do not read; leave it out"
+        for n in given.metrics
+        if n in NEED_A_LOG
+    )
+    wrong = [b for b in given.quantize if b not in BITS]
+    if wrong or len(set(given.quantize)) < len(given.quantize):
+        yield f"{key}.quantize={list(given.quantize)}: must be bits out of {list(BITS)}, each once"
+    if given.group_size is not None and given.group_size < 1:
+        yield f"{key}.group_size={given.group_size}: must be at least 1, or null for whole rows"
+    if any(not p.strip() for p in given.prefix):
+        yield f"{key}.prefix={list(given.prefix)}: a beginning must not be blank; [] switches the check off"
+    if (r := given.relearn) is not None:
+        rules = {"learning_rate": r.learning_rate, "epochs": r.epochs}
+        yield from (
+            f"{key}.relearn.{n}={v}: must be above 0, and finite" for n, v in rules.items() if not 0 < v < math.inf
+        )
+        if r.batch_size < 1:
+            yield f"{key}.relearn.batch_size={r.batch_size}: must be at least 1"
+    elif given.oracle_path is not None:
+        yield f"{key}.oracle_path={given.oracle_path}: is for relearning, which is switched off"
+    if (b := given.best_of) is not None:
+        if b.n < 1:
+            yield f"{key}.best_of.n={b.n}: must be at least 1"
+        if not 0 < b.temperature < math.inf:
+            yield f"{key}.best_of.temperature={b.temperature}: must be above 0, and finite"
+        yield from (
+            f"{key}.best_of.{n}={v}: must be above 0 and at most 1"
+            for n, v in {"top_p": b.top_p, "threshold": b.threshold}.items()
+            if not 0 < v <= 1
+        )
+
+
+CHECKS = (_trainer, _federation, _lora, _data, _limits)
