@@ -16,6 +16,7 @@ from unfed.app import build
 from unfed.app.evaluate import evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
 from unfed.app.progress import Reporter, say, show_schedule
+from unfed.app.robustness import check_robustness
 from unfed.app.rundir import PARTITION_FILE, TRAIN_ROWS_FILE, RunDir, open_run, seen_rows, training_identity
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, read_json, write_json
@@ -82,6 +83,8 @@ def evaluate_only(config: RunConfig) -> RunResult:
         loaded = _open(config, trainable=False)
         result = evaluate_model(config, loaded, directory.path, rows)
         directory.note(summary=result.summary())
+        if config.eval.robustness is not None:
+            check_robustness(config, loaded, directory.path, result)
         return RunResult(directory.path, (), result.summary(), result)
 
 

@@ -8,18 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unfed.base.errors import nearest
+from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.schema import (
     AGGREGATORS,
     FEDERATED_TRAINERS,
     METHODS,
     DataConfig,
     DatasetConfig,
-    EvalConfig,
     MethodArgs,
     RunConfig,
     TrainerConfig,
 )
-from unfed.evaluation.lm_tasks import limit_problems
 
 FINETUNERS = ("FederatedFinetune", "finetune")
 UNLEARNERS = ("FederatedUnlearningTrainer", *METHODS)
@@ -53,8 +52,8 @@ def named_things(config: RunConfig) -> list[str]:
             problems += aggregator_problems(name, config.aggregator.params)
     if config.trainer is not None:
         problems += _trainer_args(config.trainer)
-    if config.eval is not None and (config.eval.metrics or config.eval.round_metrics != EvalConfig().round_metrics):
-        problems += _metrics(config.eval)
+    if config.eval is not None:
+        problems += metric_names(config.eval)
     return problems
 
 
@@ -66,19 +65,9 @@ def _trainer_args(trainer: TrainerConfig) -> list[str]:
     return [f"trainer.args.{n}: {RENAMED_ARGS[n]}" for n in old] + arg_problems(rest)
 
 
-def _metrics(given: EvalConfig) -> list[str]:
-    if given.suite == "lm_eval":
-        return ["eval.metrics: suite lm_eval takes its metrics from the tasks; leave it out"]
-    from unfed.evaluation.suites import SUITES
-
-    suite = SUITES[given.suite]
-    wrong = [m.replace("eval.metrics", "eval.round_metrics", 1) for m in suite.unknown(given.round_metrics)]
-    return [*suite.unknown(given.metrics), *(wrong if given.round_metrics != EvalConfig().round_metrics else [])]
-
-
 def consistency(config: RunConfig) -> list[str]:
     """Settings that are valid one by one and do not go together, and numbers out of their limits."""
-    return [problem for check in (_trainer, _federation, _lora, _data, _limits) for problem in check(config)]
+    return [problem for check in CHECKS for problem in check(config)]
 
 
 def _trainer(config: RunConfig) -> Iterator[str]:
@@ -218,19 +207,6 @@ def _limits(config: RunConfig) -> Iterator[str]:
         yield f"collator.pad_to_multiple_of={multiple}: must be at least 1"
     if config.engine.keep_checkpoints < 1:
         yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
-    if config.eval is None:
-        if config.mode == "eval":
-            yield "eval: mode eval needs a suite; give eval=tofu"
-        return
-    e = config.eval
-    if config.mode == "eval" and not e.enabled:
-        yield "eval.enabled=false: mode eval has nothing else to do"
-    if not 0 < e.generation.temperature < math.inf:
-        yield f"eval.generation.temperature={e.generation.temperature}: must be above 0 (do_sample=false is greedy)"
-    if not 0 < e.generation.top_p <= 1:
-        yield f"eval.generation.top_p={e.generation.top_p}: must be above 0 and at most 1"
-    if e.suite == "lm_eval":
-        yield from limit_problems(e.lm_eval)
-    numbers = {"batch_size": e.batch_size, "max_tokens": e.max_tokens, "max_length": e.max_length, "limit": e.limit}
-    numbers |= {"generation.max_new_tokens": e.generation.max_new_tokens, "round_limit": e.round_limit}
-    yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)
+
+
+CHECKS = (_trainer, _federation, _lora, _data, _limits, evaluation_settings)

@@ -12,6 +12,7 @@ from unfed.config.checks import datasets
 from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
 from unfed.data.benchmarks import splits_of
 from unfed.models.source import path_problem, resolve_source
+from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def preflight(config: RunConfig) -> list[str]:
@@ -44,6 +45,22 @@ def _benchmarks(config: RunConfig) -> Iterator[str]:
 
         if not limit_problems(config.eval.lm_eval):
             yield from task_problems(config.eval.lm_eval)
+
+
+def _robustness_models(config: RunConfig) -> Iterator[str]:
+    given = config.eval.robustness if config.eval is not None and config.eval.enabled else None
+    if given is None:
+        return
+    if (path := given.oracle_path) is not None:
+        key, there = f"eval.robustness.oracle_path={path}", Path(path)
+        if (problem := path_problem(path)) is not None:
+            yield f"{key}: {problem}"
+        elif there.exists() and not any((there / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+            yield f"{key}: is neither an adapter ({ADAPTER_CONFIG}) nor a model (config.json)"
+    if (path := given.add_adapter) is not None:
+        missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (Path(path) / name).is_file()]
+        if missing:
+            yield f"eval.robustness.add_adapter={path}: must be an adapter's directory; there is no {missing[0]}"
 
 
 def _data_files(config: RunConfig) -> Iterator[str]:
@@ -127,6 +144,7 @@ def _output(config: RunConfig) -> Iterator[str]:
 PREFLIGHT: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model_files,
     _reference_model,
+    _robustness_models,
     _benchmarks,
     _data_files,
     _other_files,

@@ -125,6 +125,49 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
+class RelearnConfig:
+    """Plain fine-tuning on the forget rows: rate, epochs and batch of OpenUnlearning's check."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    learning_rate: float = 2e-5
+    epochs: float = 1.0
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class BestOfConfig:
+    """``n`` sampled answers to each forget question; a best one with ROUGE ``threshold`` or more is a leak."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    n: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class RobustnessConfig:
+    """Attempts to bring back what was forgotten, each measured by ``metrics``.
+
+    ``null``, ``false`` or an empty list switches a check off. ``oracle_path``: the retain model, relearned in the same
+    way. ``quantize``: bits; ``group_size``: input columns that share a scale at 4 bit (none: the whole row).
+    ``prefix``: beginnings of the answer. ``add_adapter``: an adapter directory whose update is added.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    metrics: tuple[str, ...] = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "extraction_strength")
+    relearn: RelearnConfig | None = RelearnConfig()
+    oracle_path: str | None = None
+    quantize: tuple[int, ...] = (8, 4)
+    group_size: int | None = None
+    paraphrase: bool = True
+    prefix: tuple[str, ...] = ("Sure, here is the answer:",)
+    best_of: BestOfConfig | None = BestOfConfig()
+    merge: bool = True
+    add_adapter: str | None = None
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """An evaluation suite. ``metrics``: names of ``TOFU_SUMMARY.json``; ``limit`` keeps the first rows of
     each split. Without ``holdout_split``, forget10 goes with holdout10, and so on. ``max_tokens`` is the token
@@ -153,6 +196,7 @@ class EvalConfig:
     parity: Literal["openunlearning"] | None = None
     generation: GenerationConfig = GenerationConfig()
     lm_eval: LmEvalArgs = LmEvalArgs()
+    robustness: RobustnessConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import DataError
 from unfed.base.types import IGNORE_INDEX, Example
-from unfed.data.spec import Pair, Template
+from unfed.data.spec import Pair, Prefilled, Template
 
 log = logging.getLogger(__name__)
 
@@ -180,15 +180,43 @@ def _render(
     answers: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Token ids of each question's prompt, followed by its answer where there is one."""
+    begin = template.answer_prefix.strip() if isinstance(template, Prefilled) else ""
+    if begin and answers is None:
+        return _render_begun(tokenizer, template, questions, shots, begin)
+    if begin and answers is not None:
+        answers = [f"{begin} {a}" for a in answers]
     if template.apply_chat_template:
-        return _render_chat(tokenizer, template, questions, shots, answers)
+        # Rendered first and tokenised in one call: the same ids as tokenize=True, several times as fast.
+        texts = _render_chat(tokenizer, template, questions, shots, answers)
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    texts = _render_tags(template, questions, shots, answers)
+    return tokenizer(texts, add_special_tokens=True)["input_ids"]
+
+
+def _render_begun(
+    tokenizer: PreTrainedTokenizerBase, template: Template, questions: Sequence[str], shots: Sequence[Pair], begin: str
+) -> list[list[int]]:
+    """Prompts that end with the answer's beginning: a turn with ``begin`` for its answer, cut behind it."""
+    answers = [begin] * len(questions)
+    if template.apply_chat_template:
+        texts = _render_chat(tokenizer, template, questions, shots, answers)
+    else:
+        texts = _render_tags(template, questions, shots, answers)
+    if not all(begin in text for text in texts):
+        raise DataError(f"the chat template changes the answer's beginning {begin!r}: choose another one")
+    cut = [text[: text.rindex(begin) + len(begin)] for text in texts]
+    return tokenizer(cut, add_special_tokens=not template.apply_chat_template)["input_ids"]
+
+
+def _render_tags(
+    template: Template, questions: Sequence[str], shots: Sequence[Pair], answers: Sequence[str] | None
+) -> list[str]:
     head = template.system_prompt_with_special_tokens or ""
     for question, answer in shots:
         head += template.user_start_tag + question + template.user_end_tag
         head += template.asst_start_tag + answer + template.asst_end_tag
     open_, close = head + template.user_start_tag, template.user_end_tag + template.asst_start_tag
-    texts = [open_ + q + close + (answers[i] if answers is not None else "") for i, q in enumerate(questions)]
-    return tokenizer(texts, add_special_tokens=True)["input_ids"]
+    return [open_ + q + close + (answers[i] if answers is not None else "") for i, q in enumerate(questions)]
 
 
 def _render_chat(
@@ -197,7 +225,7 @@ def _render_chat(
     questions: Sequence[str],
     shots: Sequence[Pair],
     answers: Sequence[str] | None,
-) -> list[list[int]]:
+) -> list[str]:
     head = [{"role": "system", "content": template.system_prompt}] if template.system_prompt else []
     for question, answer in shots:
         head += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -206,7 +234,9 @@ def _render_chat(
         chats = [[*chat, {"role": "assistant", "content": a}] for chat, a in zip(chats, answers, strict=True)]
     extra: dict[str, Any] = {"date_string": template.date_string} if template.date_string else {}
     try:
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=answers is None, **extra)
+        texts: Any = tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=answers is None, **extra
+        )
     except Exception as e:  # jinja's errors, and transformers' own where there is no template
         name = tokenizer.name_or_path or type(tokenizer).__name__
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -214,5 +244,4 @@ def _render_chat(
             f"the chat template of {name} refused the conversation: {reason}. "
             "Set template_args.apply_chat_template=false to use plain tags."
         ) from e
-    # Rendered first and tokenised in one call: the same ids as tokenize=True, several times as fast.
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[return-value, arg-type]
+    return texts

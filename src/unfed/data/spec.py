@@ -31,6 +31,16 @@ class Template:
 
 
 @dataclass(frozen=True)
+class Prefilled(Template):
+    """A template whose answers all begin with ``answer_prefix``, which then belongs to the prompt.
+
+    Blanks around it are taken off: an answer's first token brings its own.
+    """
+
+    answer_prefix: str = ""
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """Which rows to read; the fields are those of ``data.<split>`` in the configuration.
 

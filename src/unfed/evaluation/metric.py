@@ -42,9 +42,9 @@ class Suite:
         """Name of the file with a number for each metric."""
         return f"{self.title}_SUMMARY.json"
 
-    def unknown(self, names: Sequence[str]) -> list[str]:
+    def unknown(self, names: Sequence[str], key: str = "eval.metrics") -> list[str]:
         """A message for each name that is no metric of the suite, with the nearest one that is."""
-        return [f"eval.metrics: no such metric {n!r}{nearest(n, self.metrics)}" for n in names if n not in self.metrics]
+        return [f"{key}: no such metric {n!r}{nearest(n, self.metrics)}" for n in names if n not in self.metrics]
 
     def select(self, names: Sequence[str]) -> tuple[Metric, ...]:
         """The named metrics (none: the default) with the metrics they are made of, in the suite's order.
