@@ -74,7 +74,7 @@ def _compare(given: argparse.Namespace) -> int:
     table = Table(show_edge=False, show_lines=False)
     table.add_column(escape("median [min, max]"))
     for group in groups:
-        table.add_column(escape(group.name), justify="right")
+        table.add_column(escape(group.name), justify="right", overflow="fold")
     for row in table_rows(groups):
         table.add_row(*map(escape, row))
     Console(highlight=False).print(table)

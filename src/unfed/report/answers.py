@@ -59,7 +59,7 @@ def _questions(prompts: Mapping[str, str]) -> dict[str, str]:
     if len(set(texts)) < 2:
         return {i: t.strip() for i, t in prompts.items()}
     before = _beginning(texts)
-    start = max(before.rfind("\n"), *(m.end() - 1 for m in re.finditer(r"[.:>]\s", before))) + 1
+    start = max([before.rfind("\n"), *(m.end() - 1 for m in re.finditer(r"[.:>]\s", before))]) + 1
     shared = _beginning([t[start:][::-1] for t in texts])[::-1]
     ends = [m.end() for m in re.finditer(r"[?!.](?=\W|\w)", shared)]
     end = len(shared) - (ends[-1] if ends else shared.find("\n")) if ends or "\n" in shared else 0

@@ -27,6 +27,9 @@ WIDTH = 4.6
 """Of a panel, in inches: at a phone's 358 pixels a 9-point letter is still 9 pixels high."""
 
 DPI = 200
+LONGEST = 20
+"""Letters of a name in a plot."""
+
 OF_ROLE = {"base": "#8a8a8a", "finetuned": "#d55e00", "oracle": "#0072b2"}
 OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7a4fa3", "#8c6d1f")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -48,7 +51,7 @@ STYLE: dict[Any, Any] = {
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
 
@@ -56,7 +59,8 @@ def _png(figure: Figure) -> bytes:
 def panel(draw: Draw, height: float) -> bytes:
     """One plot as PNG, ``height`` inches high."""
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, height))
+        # Long names make the plot narrower, not the picture wider: its letters keep their size on a page.
+        figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
         draw(axes)
         return _png(figure)
 
@@ -80,6 +84,11 @@ def picture(panels: Sequence[bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def short(name: str) -> str:
+    """A name that leaves room for the plot."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
 def colours(models: Sequence[Model]) -> dict[str, str]:
     """A colour for each model: by role, the others in turn."""
     rest = [m.name for m in models if m.role not in OF_ROLE]
@@ -100,7 +109,7 @@ def bars(models: Sequence[Model], metrics: Sequence[str], title: str) -> tuple[D
             top = y + 0.4
             for m in models:
                 y += 1
-                ticks.append((y, m.name))
+                ticks.append((y, short(m.name)))
                 value = m.summary.get(metric)
                 if value is None:
                     axes.text(0.01, y, "not measured", va="center", fontsize=7.5, color=SOFT, bbox=HALO)
@@ -116,7 +125,8 @@ def bars(models: Sequence[Model], metrics: Sequence[str], title: str) -> tuple[D
         high = max([1.0, *(m.summary.get(k, 0.0) for m in models for k in metrics)])
         axes.set_xlim(0, high * 1.1)
         axes.set_ylim(y - 0.6, -0.7)
-        axes.set_title(title, pad=8)
+        known = oracle is not None and any(k in oracle.summary for k in metrics)
+        axes.set_title(f"{title}  (dashed: the oracle)" if known else title, pad=8)
 
     return draw, 0.45 + 0.19 * rows
 
@@ -166,8 +176,9 @@ def _name_points(axes: Axes, points: Sequence[tuple[Model, float, float]]) -> No
     taken = [Bbox.from_bounds(px - half, py - half, 2 * half, 2 * half) for px, py in dots]
     inside = axes.get_window_extent(renderer)
     for own, (m, x, y) in enumerate(points):
-        text = axes.annotate(m.name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=8.5,
-                             bbox={**HALO, "alpha": 0.75})  # fmt: skip
+        text = axes.annotate(short(m.name), (x, y), xytext=(0, 0), textcoords="offset points", va="center",
+                             fontsize=8.5, bbox={**HALO, "alpha": 0.75})  # fmt: skip
+        text.set_in_layout(False)  # a name moves no axes
         for dx, dy, side in OFFSETS:
             text.set_position((dx, dy))
             text.set_horizontalalignment(side)
@@ -185,7 +196,7 @@ def losses(models: Sequence[Model], paint: Mapping[str, str]) -> Draw:
         for k, m in enumerate(models):
             rounds = list(range(1, len(m.losses) + 1))
             axes.plot(rounds, [y for _, y in m.losses], marker=MARKERS[k % len(MARKERS)], ms=4.5, lw=1.6,
-                      label=m.name, color=paint[m.name])  # fmt: skip
+                      label=short(m.name), color=paint[m.name])  # fmt: skip
         _bands(axes, [phase for phase, _ in models[0].losses])
         axes.set_xlabel("round")
         axes.set_ylabel("loss (nats a token)")
@@ -221,8 +232,8 @@ def by_round(models: Sequence[Model], metric: str, oracle: float | None, paint: 
         for k, m in enumerate(models):
             found = [(p.round, v) for p in m.points if (v := p.scores.get(metric, p.clients.get(metric))) is not None]
             if found:
-                axes.plot(*zip(*found, strict=True), marker=MARKERS[k % len(MARKERS)], ms=4.5, lw=1.6, label=m.name,
-                          color=paint[m.name])  # fmt: skip
+                axes.plot(*zip(*found, strict=True), marker=MARKERS[k % len(MARKERS)], ms=4.5, lw=1.6,
+                          label=short(m.name), color=paint[m.name])  # fmt: skip
         if oracle is not None:
             axes.axhline(oracle, color=OF_ROLE["oracle"], lw=1.1, ls=(0, (3, 2)), label="oracle, at the end")
         axes.set_ylim(0, 1.02)

@@ -153,7 +153,7 @@ def _names(flats: Sequence[Flat], tasks: Sequence[str]) -> list[str]:
 def _parts(flat: Flat, alike: Sequence[Flat]) -> list[str]:
     """The settings of a group that differ from those of the others; a key's last word is enough if it is the only."""
     keys = [k for k in dict.fromkeys(k for f in alike for k in f) if k not in SAME_THING and _differs(k, alike)]
-    keys.sort(key=lambda k: next((n for n, head in enumerate(FIRST) if k.startswith(head)), len(FIRST)))
+    keys.sort(key=lambda k: next((n for n, head in enumerate(FIRST) if f"{k}.".startswith(f"{head}.")), len(FIRST)))
     last = [k.rpartition(".")[2] for k in keys]
     found = [
         _value(k, flat[k], k if last.count(short) > 1 else short)

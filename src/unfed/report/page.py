@@ -98,7 +98,7 @@ def picture_panels(report: Report) -> list[Panel]:
     """What a reader should see first: forgetting, keeping, both at once, and the three summary scores."""
     models = [m for m in report.models if m.summary]
     found: list[Panel] = []
-    aim = " The dashed line is the oracle: the aim." if report.of_role("oracle") else ""
+    aim = " The oracle is the aim." if report.of_role("oracle") else ""
     for metrics, title, caption in (
         (FORGETTING, "What should go", "Shorter is more forgotten." + aim),
         (KEEPING, "What should stay", "Longer is better kept." + aim),
@@ -106,7 +106,8 @@ def picture_panels(report: Report) -> list[Panel]:
     ):
         shown = [k for k in metrics if k in report.metrics]
         if shown:
-            draw, height = figures.bars(models, shown, title)
+            measured = [m for m in models if m.summary.keys() & set(shown)]
+            draw, height = figures.bars(measured, shown, title)
             found.append(Panel(figures.panel(draw, height), f"Bars: {title.lower()}", caption))
     placed = [m for m in models if "model_utility" in m.summary and LOG10_P in m.summary]
     if placed and report.of_role("oracle") is not None:
