@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from unfed.app.tiny_base import tiny_base
 from unfed.base.artifacts import write_json
 from unfed.cli import study
 from unfed.config.schema import RunConfig
-from unfed.report.page import verdict
+from unfed.report.verdict import verdict
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,14 @@ def test_oracle_never_saw_the_forget_rows(small_quickstart: Path) -> None:
 
 def test_report_is_one_page_that_loads_nothing(small_quickstart: Path) -> None:
     html = (small_quickstart / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 2
+    assert html.count("data:image/png;base64,") == 4  # what goes, what stays, the scatter, the losses
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
     assert "<script" not in html
     for words in ("forget probability", "oracle", "What the models say", "What it cost"):
         assert words in html
+    with (small_quickstart / "report.csv").open() as f:
+        rounds = {row["name"]: row["rounds"] for row in csv.DictReader(f)}
+    assert rounds == {"base": "", "finetuned": "1", "oracle": "1", "unlearned": "2"}, "of the runs that trained"
     assert (small_quickstart / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

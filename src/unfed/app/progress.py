@@ -13,7 +13,7 @@ from unfed.base.types import ServerState
 from unfed.federated.checkpoint import RoundRecord
 from unfed.federated.rounds import RoundListener
 from unfed.federated.schedule import FitTask, Schedule
-from unfed.report.labels import METRICS, number
+from unfed.report.labels import headline, label, number
 from unfed.training.loop import StepEvent
 
 console = Console(stderr=True, soft_wrap=True)
@@ -40,8 +40,7 @@ def show_schedule(schedule: Schedule, settings: Mapping[str, Mapping[str, object
 
 def show_scores(summary: Mapping[str, float], where: str) -> None:
     """Print the headline scores of an evaluation, and where all of them are."""
-    shown = [(label, number(name, summary[name])) for name, (label, _) in METRICS.items() if name in summary]
-    say("; ".join(f"{label} {value}" for label, value in shown))
+    say("; ".join(f"{label(name)} {number(name, summary[name])}" for name in headline(set(summary))))
     say(f"{len(summary)} scores: {where}")
 
 

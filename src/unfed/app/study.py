@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from unfed.app.evaluate import evaluation_rows
 from unfed.app.progress import console, say
-from unfed.app.rundir import RUN_FILE, plain, run_status, versions
+from unfed.app.report import make_report, write_report
+from unfed.app.rundir import RUN_FILE, plain, run_status
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, write_json
 from unfed.config.schema import RunConfig
 from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE
-from unfed.federated.checkpoint import RoundRecord
-from unfed.report.labels import METRICS, number
-from unfed.report.page import Answer, Cost, StudyReport, verdict, write_report
+from unfed.report.contents import KNOWN, Report
+from unfed.report.labels import headline, label, number
+from unfed.report.roles import Given
+from unfed.report.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,19 @@ class Study:
 
 
 def run_study(study: Study) -> Mapping[str, Mapping[str, float]]:
-    """Run every stage, print the table and two example answers, write ``summary.json`` and ``report.html``."""
+    """Run every stage, print the table and example answers, write ``summary.json`` and ``report.html``."""
     stages = run_stages(study)
     places = {name: Path(c.paths.output_dir) for name, c in stages.items()}
     models = {"base": places["base"], "finetuned": places["finetuned"], "oracle": places["oracle"]}
     models |= {name: places[name] for name in study.unlearn}
     summaries = {name: read_json(place / SUMMARY_FILE) for name, place in models.items()}
     write_json(study.directory / "summary.json", summaries)
-    report = StudyReport(
-        title=study.title,
-        command=study.command,
-        summaries=summaries,
-        losses=_losses(places, study),
-        answers=_answers(models, study.base),
-        costs=[_cost(n, places[n]) for n in ("finetune", "oracle", *study.unlearn)],
-        machine=_machine(),
-    )
-    write_report(study.directory / "report.html", report)
-    _show(report, list(study.unlearn))
+    roles = {name: name if name in KNOWN else "unlearned" for name in models}
+    runs = [Given(place, name, roles[name]) for name, place in models.items()]
+    # What the fine-tuned model cost stands in its own run: the evaluation beside it only scored it.
+    report = make_report([Given(places["finetune"]), *runs], study.command, study.title)
+    write_report(study.directory, report)
+    _show(report)
     say(f"\nreport: {study.directory / 'report.html'}    numbers: {study.directory / 'summary.json'}")
     return summaries
 
@@ -131,54 +127,13 @@ def _clear(study: Study) -> None:
             shutil.rmtree(place)
 
 
-def _records(place: Path) -> list[RoundRecord]:
-    return [RoundRecord(**r) for r in read_json(place / RUN_FILE).get("rounds", [])]
-
-
-def _losses(places: Mapping[str, Path], study: Study) -> dict[str, list[tuple[str, float]]]:
-    runs = ("finetune", "oracle", *study.unlearn)
-    return {n: [(r.phase, r.loss) for r in _records(places[n]) if r.loss is not None] for n in runs}
-
-
-def _cost(name: str, place: Path) -> Cost:
-    rounds = _records(place)
-    errors = [r.aggregation_error for r in rounds if r.aggregation_error is not None]
-    sent = sum(r.bytes_up + r.bytes_down for r in rounds)
-    return Cost(name, sum(r.seconds for r in rounds), len(rounds), sent / 1e6, max(errors, default=None))
-
-
-def _answers(models: Mapping[str, Path], base: RunConfig) -> list[Answer]:
-    """For the forget and the retain split: the row on which fine-tuning helped most, and what each model says."""
-    results = {name: read_json(place / EVAL_FILE) for name, place in models.items()}
-    assert base.eval is not None
-    rows = evaluation_rows(base.eval, base.paths.data_dir)
-    found = []
-    for split in ("forget", "retain"):
-        probs = {n: r.get(f"{split}_Q_A_Prob", {}).get("value_by_index") or {} for n, r in results.items()}
-        texts = {n: r.get(f"{split}_Q_A_ROUGE", {}).get("value_by_index") or {} for n, r in results.items()}
-        shared = [i for i in texts["finetuned"] if all(i in t for t in texts.values()) and i in probs["base"]]
-        if not shared:
-            continue
-        best = max(shared, key=lambda i: probs["finetuned"][i]["prob"] - probs["base"][i]["prob"])
-        row = rows[split][int(best)]
-        said = {n: str(t[best]["generation"]) for n, t in texts.items()}
-        found.append(Answer(split, str(row["question"]), str(row["answer"]), said))
-    return found
-
-
-def _machine() -> str:
-    known = versions()
-    return f"{known['device']}, torch {known.get('torch', '?')}, Python {known['python']}"
-
-
-def _show(report: StudyReport, unlearned: Sequence[str]) -> None:
+def _show(report: Report) -> None:
     table = Table(title=report.title, title_justify="left", show_edge=False)
     table.add_column("metric")
-    for model in report.summaries:
-        table.add_column(model, justify="right")
-    for metric, (label, _) in METRICS.items():
-        if any(metric in s for s in report.summaries.values()):
-            table.add_row(label, *(number(metric, s.get(metric)) for s in report.summaries.values()))
+    for model in report.models:
+        table.add_column(model.name, justify="right")
+    for metric in headline(report.metrics):
+        table.add_row(label(metric), *(number(metric, m.summary.get(metric)) for m in report.models))
     console.print()
     console.print(table)
     for answer in report.answers:
@@ -186,5 +141,6 @@ def _show(report: StudyReport, unlearned: Sequence[str]) -> None:
         for model, text in answer.said.items():
             say(f"  {model:<10} {text}")
     say("")
-    for model in unlearned:
-        say(verdict(report.summaries, model))
+    known = {m.role: m.summary for m in report.models}
+    for model in report.unlearned:
+        say(verdict({**known, model.name: model.summary}, model.name))

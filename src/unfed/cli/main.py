@@ -33,6 +33,8 @@ COMMANDS: Mapping[str, Command] = {
         "learn, forget and measure on a tiny model: three minutes, no network", "unfed.cli.study:quickstart"
     ),
     "real": Command("the same with SmolLM2-135M-Instruct on TOFU", "unfed.cli.study:real"),
+    "report": Command("write one page that compares finished runs", "unfed.cli.report:report"),
+    "compare": Command("put runs that differ in seed together: median and range", "unfed.cli.report:compare"),
     "config": Command("print the run that these overrides describe", "unfed.cli.show:config"),
     "plan": Command("print what such a run trains, sends and needs", "unfed.cli.show:plan"),
 }

@@ -1,4 +1,4 @@
-"""One self-contained HTML page on a study: which model forgot what, at what cost."""
+"""One self-contained HTML page on several runs: which model forgot what, at what cost."""
 
 from __future__ import annotations
 
@@ -6,96 +6,158 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
 from unfed.base.artifacts import atomic_path
 from unfed.report import figures
-from unfed.report.labels import METRICS, PLOTTED, number
+from unfed.report.contents import Model, Report
+from unfed.report.labels import (
+    FORGETTING,
+    KEEPING,
+    LOG10_P,
+    METRICS,
+    ROLES,
+    SHARES,
+    headline,
+    label,
+    number,
+    others,
+    target,
+)
+from unfed.report.verdict import cost_in_words, verdict, what_the_test_says
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What each model says to one question."""
+class Panel:
+    """A plot: its PNG, a name for readers who do not see it, and a sentence beneath it."""
 
-    split: str
-    question: str
-    truth: str
-    said: Mapping[str, str]
+    png: bytes
+    alt: str
+    caption: str
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run took."""
-
-    run: str
-    seconds: float
-    rounds: int
-    megabytes: float
-    aggregation_error: float | None
+    @property
+    def data(self) -> str:
+        """The PNG in base64."""
+        return base64.b64encode(self.png).decode()
 
 
-@dataclass(frozen=True)
-class StudyReport:
-    """All that the page shows. ``summaries``: model -> metric -> number; ``losses``: run -> (phase, loss) a round."""
-
-    title: str
-    command: str
-    summaries: Mapping[str, Mapping[str, float]]
-    losses: Mapping[str, Sequence[tuple[str, float]]]
-    answers: Sequence[Answer]
-    costs: Sequence[Cost]
-    machine: str
-
-
-NOTHING_TO_FORGET = 0.05
-"""Fine-tuned and oracle probabilities closer than this say nothing about forgetting."""
-
-
-def verdict(summaries: Mapping[str, Mapping[str, float]], model: str) -> str:
-    """One plain sentence: did ``model`` forget, and what did it keep?"""
-    need = ("forget_Q_A_Prob", "retain_Q_A_Prob")
-    if any(m not in summaries or any(k not in summaries[m] for k in need) for m in ("finetuned", "oracle", model)):
-        return f"{model}: not enough was measured for a verdict."
-    before, aim, now = (summaries[m]["forget_Q_A_Prob"] for m in ("finetuned", "oracle", model))
-    kept = summaries[model]["retain_Q_A_Prob"] / max(summaries["finetuned"]["retain_Q_A_Prob"], 1e-9)
-    gone = (before - now) / max(before - aim, 1e-9)
-    if before - aim < NOTHING_TO_FORGET:
-        return (
-            f"{model}: there was next to nothing to forget: the fine-tuned model gives the answers to forget a "
-            f"probability of {before:.2f}, the oracle {aim:.2f}. It kept {kept:.0%} of the retain probability."
-        )
-    fell = f"the probability of the answers to forget fell from {before:.2f} to {now:.2f}"
-    if gone >= 1.05:
-        what = f"forgot more than it had to: {fell}, below the oracle's {aim:.2f}, which can be noticed too"
-    elif gone >= 0.8:
-        what = f"forgot: {fell}; the oracle, which never saw them, has {aim:.2f}"
-    elif gone >= 0.3:
-        what = f"forgot a part: {fell}; the oracle has {aim:.2f}"
-    else:
-        what = f"hardly forgot: {before:.2f} before, {now:.2f} now is its probability of the answers to forget"
-    return f"{model} {what}. It kept {kept:.0%} of the retain probability."
-
-
-def write_report(path: Path, report: StudyReport) -> None:
-    """Write the page, atomically. It loads nothing from elsewhere."""
-    labels = {m: METRICS[m][0] for m in PLOTTED}
-    images = {
-        "bars": figures.bars(report.summaries, labels),
-        "curves": figures.curves(report.losses) if report.losses else b"",
-    }
-    # Only a package of ours is read, and values are escaped.
-    environment = Environment(loader=PackageLoader("unfed.report", "."), autoescape=True)
-    shown = {m: v for m, v in METRICS.items() if any(m in s for s in report.summaries.values())}
-    unlearned = [m for m in report.summaries if m not in {"base", "finetuned", "oracle"}]
+def write_page(path: Path, report: Report) -> None:
+    """Write the page and, beside it with the suffix .png, its picture, each atomically. It loads nothing."""
+    panels = picture_panels(report)
+    # Only a template of ours is read, and values are escaped.
+    environment = Environment(loader=PackageLoader("unfed.report", "."), autoescape=True, trim_blocks=True)
     html = environment.get_template("page.html.j2").render(
         report=report,
-        metrics=shown,
+        verdicts=[_Verdict.of(report, m) for m in report.unlearned],
+        roles=[(m.name, ROLES[m.role]) for m in report.models if m.role in ROLES],
+        panels=panels,
+        tables=_tables(report),
+        words=METRICS,
+        label=label,
         number=number,
-        verdicts=[verdict(report.summaries, m) for m in unlearned],
-        images={name: base64.b64encode(data).decode() for name, data in images.items() if data},
+        target=lambda metric: target(metric, oracle.summary if (oracle := report.of_role("oracle")) else None),
+        columns=[m for m in report.models if m.role != "oracle" and m.summary],
+        costs=[m for m in report.models if m.cost is not None],
+        curves=curve_panels(report),
+        said_role={m.name: m.role for m in report.models},
     )
     with atomic_path(path) as part:
         part.write_text(html, encoding="utf-8")
-    with atomic_path(path.with_suffix(".png")) as part:
-        part.write_bytes(images["bars"])
+    if panels:
+        image = figures.picture([p.png for p in panels])
+        with atomic_path(path.with_suffix(".png")) as part:
+            part.write_bytes(image)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """The verdict on a model, and what supports it."""
+
+    main: str
+    more: str
+
+    @staticmethod
+    def of(report: Report, model: Model) -> _Verdict:
+        known = {m.role: m.summary for m in report.models if m.role in {"finetuned", "oracle"}}
+        main = verdict({**known, model.name: model.summary}, model.name)
+        more = [what_the_test_says(model.summary), _utility(report, model), cost_in_words(report, model.name)]
+        return _Verdict(main, " ".join(m for m in more if m))
+
+
+def _utility(report: Report, model: Model) -> str:
+    before = report.of_role("finetuned")
+    if before is None or not {"model_utility"} <= before.summary.keys() & model.summary.keys():
+        return ""
+    was, now = before.summary["model_utility"], model.summary["model_utility"]
+    return f"Model utility went from {was:.2f} to {now:.2f}."
+
+
+def picture_panels(report: Report) -> list[Panel]:
+    """What a reader should see first: forgetting, keeping, both at once, and the three summary scores."""
+    models = [m for m in report.models if m.summary]
+    found: list[Panel] = []
+    aim = " The oracle is the aim." if report.of_role("oracle") else ""
+    for metrics, title, caption in (
+        (FORGETTING, "What should go", "Shorter is more forgotten." + aim),
+        (KEEPING, "What should stay", "Longer is better kept." + aim),
+        (SHARES, "Summary scores", "Longer is better in all of them. " + _meanings(report)),
+    ):
+        shown = [k for k in metrics if k in report.metrics]
+        if shown:
+            measured = [m for m in models if m.summary.keys() & set(shown)]
+            draw, height = figures.bars(measured, shown, title)
+            found.append(Panel(figures.panel(draw, height), f"Bars: {title.lower()}", caption))
+    placed = [m for m in models if "model_utility" in m.summary and LOG10_P in m.summary]
+    if placed and report.of_role("oracle") is not None:
+        caption = (
+            "The star is the oracle: the nearer to it the better. In the blue band a test cannot tell a model's "
+            "preferences on the forget set from the oracle's."
+        )
+        draw = figures.scatter(models)
+        found.insert(2, Panel(figures.panel(draw, 3.2), "Forget quality against model utility", caption))
+    return found
+
+
+def _meanings(report: Report) -> str:
+    told = {
+        "mem": "Mem: little is left in memory.",
+        "priv": "Priv: membership attacks see what they see in the oracle.",
+        "utility": "Utility: share of the fine-tuned model's use that is left.",
+    }
+    return " ".join(text for metric, text in told.items() if metric in report.metrics)
+
+
+def curve_panels(report: Report) -> list[Panel]:
+    """Training losses, one plot for the runs that share their phases, and scores measured during training."""
+    paint = figures.colours(report.models)
+    found: list[Panel] = []
+    same: dict[tuple[str, ...], list[Model]] = {}
+    for m in report.models:
+        if len(m.losses) > 1:
+            same.setdefault(tuple(phase for phase, _ in m.losses), []).append(m)
+    for models in same.values():
+        names = ", ".join(m.name for m in models)
+        of_method = any(m.role == "unlearned" for m in models)
+        caption = f"Training loss: {names}." + (
+            " While it unlearns, the loss is the method's own: compare it with itself only." if of_method else ""
+        )
+        png = figures.panel(figures.losses(models, paint), 2.5)
+        found.append(Panel(png, f"Training loss by round: {names}", caption))
+    watched = [m for m in report.models if m.points]
+    oracle = report.of_role("oracle")
+    for metric, title in figures.CURVES.items():
+        if any(metric in p.scores or metric in p.clients for m in watched for p in m.points):
+            aim = oracle.summary.get(metric) if oracle else None
+            png = figures.panel(figures.by_round(watched, metric, aim, paint), 2.5)
+            found.append(Panel(png, f"{title} by round", f"Measured during training: {title} after each round."))
+    return found
+
+
+def _tables(report: Report) -> Sequence[Mapping[str, Any]]:
+    """The headline metrics, open; all others, folded."""
+    present = report.metrics - {LOG10_P}
+    rest = others(present)
+    first = {"title": "Scores and their targets", "open": True, "metrics": headline(present)}
+    return [first, *([{"title": f"All other metrics ({len(rest)})", "open": False, "metrics": rest}] if rest else [])]
