@@ -135,9 +135,12 @@ def evaluate_model(
     seen = seen_rows(loaded.adapter_path)
     forgotten = sum(row["id"] in seen for row in rows.get("forget", ())) if seen else None
     write_results(result, directory, {**digests_of(loaded), **_data_digests(rows)}, forgotten)
+    gaps: dict[str, list[str]] = {}
     for name, score in result.scores.items():
         if score.value is None and name in (given.metrics or result.suite.default):
-            say(f"{name}: no value: {score.why}")
+            gaps.setdefault(str(score.why), []).append(name)
+    for why, names in gaps.items():
+        say(f"no value for {', '.join(names)}: {why}")
     show_scores(result.summary(), str(directory / result.suite.summary_file))
     return result
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unfed.app.probe import ORIGIN_FILE
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, training_identity
 from unfed.base.artifacts import digest_file, digest_json, read_json
@@ -127,7 +128,7 @@ def _configuration(source: Path) -> RunConfig:
 
 
 def _base(source: Path) -> str | None:
-    file = source / "unfed.json"
+    file = source / ORIGIN_FILE
     found = read_json(file) if file.is_file() else {}
     return found.get("base_fingerprint") if isinstance(found, dict) else None
 

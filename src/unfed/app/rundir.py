@@ -83,6 +83,10 @@ class RunDir:
             "versions": versions(),
         }
 
+    def known(self, key: str) -> Any:
+        """What is recorded under ``key``, by this process or the one that it goes on from."""
+        return self._record.get(key)
+
     def note(self, **entries: Any) -> None:
         """Add to ``run.json`` and write it."""
         self._record.update({k: plain(v) for k, v in entries.items()})

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from unfed.app import build
+from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
+from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_loss
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.robustness import check_robustness
 from unfed.app.rundir import PARTITION_FILE, TRAIN_ROWS_FILE, RunDir, open_run, seen_rows, training_identity
 from unfed.app.tracking import tracking
-from unfed.base.artifacts import digest_json, read_json, write_json
+from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
 from unfed.base.types import ServerState
 from unfed.config.schema import RunConfig
@@ -33,11 +35,9 @@ from unfed.models.adapter import save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
 from unfed.training import advice
 from unfed.training.args import LoopArgs, loop_args
-from unfed.training.loop import Local, mean_nll
+from unfed.training.loop import Local
 
 log = logging.getLogger(__name__)
-ORIGIN_FILE = "unfed.json"
-PROBE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,8 @@ def _open(config: RunConfig, *, trainable: bool) -> LoadedModel:
     return loaded
 
 
-def _origin(loaded: LoadedModel) -> Mapping[str, Any]:
-    """What the run that made this adapter wrote beside it (nothing for an adapter from elsewhere)."""
-    if loaded.adapter_path is None or not (Path(loaded.adapter_path) / ORIGIN_FILE).is_file():
-        return {}
-    found = read_json(Path(loaded.adapter_path) / ORIGIN_FILE)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _same_base(loaded: LoadedModel) -> None:
-    stored = _origin(loaded).get("base_fingerprint")
+    stored = origin_of(loaded).get("base_fingerprint")
     if stored is not None and not same_base(stored, loaded.fingerprint):
         raise AdapterError(
             f"the adapter {loaded.adapter_path} was trained on another base model than {loaded.base} (their weights "
@@ -133,27 +125,28 @@ def train(config: RunConfig) -> RunResult:
         rule = build.server_rule(config, loaded)
         schedule = build.build_schedule(config, args, clients, targets, rule)
         local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
-        if local.optim_note:
-            say(local.optim_note)
-        say(f"partition: {where}")
+        for note in filter(None, (local.optim_note, f"partition: {where}")):
+            say(note)
         settings = build.resolved_settings(schedule, rule)
         show_schedule(schedule, settings)
         start = snapshot(loaded.model)
         client = Client(local, clients, start, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
-        parts = {"rows": rows.digest(), "partition": digest_json(partition.clients)}
-        identity["inputs"] = {"adapter": start.digest(), "base": loaded.fingerprint, **parts}
+        inputs = {"adapter": start.digest(), "base": loaded.fingerprint}
+        identity["inputs"] = {**inputs, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, ServerState(0, start))
         partition.write(directory.path / PARTITION_FILE)
-        probe = _probe(local, clients, targets, loaded)
+        probe = probe_forget_loss(local, clients, targets, loaded)
         base = {"base": loaded.base, "base_fingerprint": loaded.fingerprint}
         directory.note(schedule=schedule.table(), settings=settings, **base, **probe)
         with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
             reporter = Reporter(schedule, state.round, track)
-            client.on_step, keeper.listener = reporter.stepped, reporter
+            between = RoundEvaluation(config, loaded, schedule, clients, args.eval_strategy, track)
+            client.on_step, keeper.listener = reporter.stepped, Listeners((reporter, between))
             keeper.on_save = lambda _: directory.note(rounds=keeper.records)
             rounds = RoundsConfig(config.seed, build.participation(config))
             try:
+                between.begin(state, directory)
                 state = run_rounds(schedule, InProcess(client.fit), rule, state, rounds, keeper)
             except UnfedError as e:
                 _advise(e, schedule, len(keeper.records))
@@ -165,8 +158,7 @@ def train(config: RunConfig) -> RunResult:
         directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
-        summary = result.summary() if result else {}
-        return RunResult(directory.path, tuple(keeper.records), summary, result)
+        return RunResult(directory.path, tuple(keeper.records), result.summary() if result else {}, result)
 
 
 def _advise(error: UnfedError, schedule: Schedule, done: int) -> None:
@@ -187,32 +179,6 @@ def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> 
     state, records = found
     say(f"resuming after round {state.round}")
     return state, RunKeeper(records=records, checkpoints=checkpoints)
-
-
-def _forget_loss(local: Local, clients: Mapping[str, ClientData]) -> dict[str, Any] | None:
-    """Mean loss of the first forget rows in the order of their ids (the same rows whoever asks), and those ids."""
-    by_id = {e.example_id: e for d in clients.values() for e in d.splits.get("forget", ())}
-    ids = sorted(by_id)[:PROBE_ROWS]
-    return {"ids": ids, "value": mean_nll(local, [by_id[i] for i in ids])} if ids else None
-
-
-def _probe(local: Local, clients: Mapping[str, ClientData], targets: list[str], loaded: LoadedModel) -> dict[str, Any]:
-    """The forget loss at the start of unlearning beside the one that fine-tuning left, so a lost adapter shows."""
-    if not targets:
-        return {}
-    probe = _forget_loss(local, clients)
-    assert probe is not None  # a target owns forget rows
-    now, stored = probe["value"], _origin(loaded).get("forget_loss")
-    agrees = None
-    if stored is not None and stored.get("ids") == probe["ids"]:
-        agrees = bool(abs(now - stored["value"]) <= 0.1 + 0.1 * abs(stored["value"]))
-    if agrees is False and stored is not None:
-        say(
-            f"WARNING: the forget rows have loss {now:.3f} now and had {stored['value']:.3f} after fine-tuning: the "
-            "adapter, its base or the chat template is not the one that was trained"
-        )
-    say(f"forget loss at the start: {now:.4f} nats a token" + (" (as after fine-tuning)" if agrees else ""))
-    return {"forget_loss_at_start": now, "forget_loss_stored": stored, "forget_loss_agrees": agrees}
 
 
 def _loss_path(phase: Phase, client: Client, records: list[RoundRecord]) -> list[float]:
@@ -275,7 +241,7 @@ def _save(
         "adapter": state.adapter.digest(),
     }
     write_json(directory.path / TRAIN_ROWS_FILE, sorted(seen_rows(loaded.adapter_path) | rows.ids()))
-    probe = _forget_loss(local, clients)  # save_adapter has written the final adapter into the model
+    probe = forget_loss(local, clients)  # save_adapter has written the final adapter into the model
     if probe is not None:
         origin["forget_loss"] = probe
     write_json(directory.path / ORIGIN_FILE, origin)

@@ -79,6 +79,12 @@ def _stages(study: Study) -> dict[str, RunConfig]:
         assert config.eval is not None
         return dataclasses.replace(config, eval=dataclasses.replace(config.eval, retain_logs_path=oracle_logs))
 
+    def against_both(config: RunConfig) -> RunConfig:
+        config = against_oracle(config)
+        assert config.eval is not None
+        logs = str(Path(after.paths.output_dir) / EVAL_FILE)
+        return dataclasses.replace(config, eval=dataclasses.replace(config.eval, finetuned_logs_path=logs))
+
     finetune = dataclasses.replace(study.finetune, eval=None)
     manifest = str(Path(study.finetune.paths.output_dir) / "partition.json")
     oracle = dataclasses.replace(study.oracle, partition=dataclasses.replace(study.oracle.partition, manifest=manifest))
@@ -88,7 +94,7 @@ def _stages(study: Study) -> dict[str, RunConfig]:
         "oracle": oracle,
         "base": against_oracle(study.base),
         "finetuned": after,
-        **{name: against_oracle(c) for name, c in study.unlearn.items()},
+        **{name: against_both(c) for name, c in study.unlearn.items()},
     }
 
 

@@ -23,7 +23,7 @@ from unfed.config.schema import (
 FINETUNERS = ("FederatedFinetune", "finetune")
 UNLEARNERS = ("FederatedUnlearningTrainer", *METHODS)
 RENAMED_ARGS = {
-    "evaluation_strategy": "is called eval_strategy now (and the evaluation follows the last round)",
+    "evaluation_strategy": "is called eval_strategy now (no, round or phase)",
     "per_gpu_train_batch_size": "is called per_device_train_batch_size now",
     "no_cuda": "is called use_cpu now",
     "logging_dir": "is not used; logs lie in the run directory (task_name, paths.output_dir)",

@@ -32,6 +32,10 @@ def metric_names(given: EvalConfig) -> list[str]:
 
 def evaluation_settings(config: RunConfig) -> Iterator[str]:
     """Numbers out of their limits, and settings that do not go together."""
+    strategy = config.trainer.args.get("eval_strategy", "no") if config.trainer else "no"
+    usable = config.eval is not None and config.eval.enabled and config.eval.suite != "lm_eval"
+    if strategy in ("round", "phase") and not usable:
+        yield f"trainer.args.eval_strategy={strategy}: needs an evaluation that is switched on (eval=tofu or eval=muse)"
     if config.eval is None:
         if config.mode == "eval":
             yield "eval: mode eval needs a suite; give eval=tofu"

@@ -95,6 +95,8 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
                     continue
             here[name] = split
         read_rows(SUITES[given.suite], given.metrics, here, data_dir)
+        if config.trainer is not None and config.trainer.args.get("eval_strategy") in ("round", "phase"):
+            read_rows(SUITES[given.suite], given.round_metrics, here, data_dir)
     except UnfedError as e:
         return [str(e)]
     return []

@@ -18,6 +18,8 @@ LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
 """Default with all parameters (the TOFU recipe)."""
 
+EVAL_STRATEGIES = ("no", "round", "phase")
+
 # Names that change nothing here, and why they may stand in a configuration all the same.
 HARMLESS = {
     "output_dir": "paths.output_dir decides",
@@ -28,7 +30,6 @@ HARMLESS = {
     "save_steps": "a checkpoint follows every round",
     "save_only_model": "adapters are saved, never optimizer states",
     "save_total_limit": "engine.keep_checkpoints decides",
-    "eval_strategy": "the evaluation follows the last round",
     "per_device_eval_batch_size": "eval.batch_size decides",
     "logging_strategy": "logging_steps decides",
     "train_sampling_strategy": "batches are always grouped by length",
@@ -48,6 +49,7 @@ class LoopArgs:
     ``warmup_ratio`` (of all steps) and ``warmup_steps`` (a number of steps, or a ratio below 1) one may be given.
     ``seed`` decides order and dropout; ``None`` takes the run's own. ``max_steps`` bounds each client's steps in each
     round and never adds epochs (in ``TrainingArguments`` it replaces them). ``logging_steps`` is 10 unless given.
+    ``eval_strategy``: between rounds, ``no``, ``round`` or ``phase`` (``TrainingArguments`` has steps and epochs).
     """
 
     per_device_train_batch_size: int = 8
@@ -78,6 +80,7 @@ class LoopArgs:
     report_to: tuple[str, ...] = ("tensorboard",)
     run_name: str | None = None
     seed: int | None = None
+    eval_strategy: str = "no"
 
     def __post_init__(self) -> None:
         problems = [
@@ -99,6 +102,11 @@ class LoopArgs:
         given = [n for n in ("warmup_epochs", "warmup_ratio", "warmup_steps") if getattr(self, n) > 0]
         if len(given) > 1:
             problems.append(f"trainer.args: give one of {', '.join(given)}, not {len(given)}")
+        if self.eval_strategy not in EVAL_STRATEGIES:
+            problems.append(
+                f"trainer.args.eval_strategy={self.eval_strategy}: between rounds one may evaluate after each "
+                f"(round) or after the last of each phase (phase){nearest(self.eval_strategy, EVAL_STRATEGIES)}"
+            )
         if self.bf16 and self.fp16:
             problems.append("trainer.args: bf16 and fp16 exclude each other")
         if problems:
@@ -174,6 +182,8 @@ def loop_args(args: Mapping[str, Any]) -> LoopArgs:
             value = (value,) if isinstance(value, str) else tuple(value or ())
         if value is None and spec.name == "lr_scheduler_kwargs":
             value = {}
+        if spec.name == "eval_strategy" and not value:
+            value = "no"  # which YAML reads as false
         kept[spec.name] = value
     problems += _name_problems(kept)
     if problems:
