@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from process import peaks, reset_peak
 from rounds import Recipe, federated_run, make_clients, make_schedule
 from setting import SHAPES, Shape, arguments, make_local, make_model, record
 
@@ -23,22 +23,6 @@ from unfed.models.adapter import snapshot
 
 RECIPES: tuple[Recipe, ...] = ("finetune", "npo")
 ROWS = 4
-
-
-def reset_peak() -> None:
-    """Forget the peaks so far: of the GPU, and of the process (Linux: 5 into clear_refs resets VmHWM)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peaks() -> dict[str, int]:
-    """Peak bytes since :func:`reset_peak`."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = {"host": int(status.split("VmHWM:")[1].split()[0]) * 1024}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.max_memory_allocated()
-    return found
 
 
 def peak_of(shape: Shape, clients: int, recipe: Recipe) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The benchmarks run, do the same work on both sides, and count arithmetic correctly. Their figures are not tested."""
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-HERE = ("setting", "rounds", "steps", "overhead", "memory", "gpu")
+HERE = ("setting", "process", "rounds", "steps", "overhead", "memory", "gpu", "passes", "evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,35 @@ def test_gpu_says_that_there_is_no_device(bench, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     assert bench["gpu"].main() == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_time_within_a_part_counts_once(bench, monkeypatch):
+    now = iter([0.0, 0.0, 1.0, 3.0, 6.0, 10.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("time.process_time", lambda: 0.0)
+    clock = bench["evaluation"].Clock()  # 0
+    with clock.part("outer"), clock.part("inner"):  # 0 and 1: other has 0 s, outer 1 s
+        pass  # 3: inner has 2 s; 6: outer has 3 s more
+    clock._charge()  # 10
+    assert clock.wall == {"other": 4.0, "outer": 4.0, "inner": 2.0}
+
+
+def test_both_evaluations_do_the_same_work(bench, shared_dir, monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)
+    model = str(shared_dir / "golden" / "models" / "tiny")
+    found = {}
+    for side in ("unfed", "plain"):
+        given = argparse.Namespace(model=model, data=str(shared_dir / "data"), forget="forget01", limit=3, side=side,
+                                   metrics="all", new_tokens=8, threads=1)  # fmt: skip
+        found[side] = bench["evaluation"].one(given)
+    agreed = bench["evaluation"].agreement(found["unfed"], found["plain"])
+    assert agreed["compared"] == len(found["plain"]["values"]) > 30
+    assert agreed["texts"] == 8 * 3 and agreed["texts_that_differ"] == 0
+    assert found["unfed"]["peak_bytes"] > found["unfed"]["loaded_bytes"] > 50e6
+    parts = found["unfed"]["seconds_by_part"]
+    assert set(parts) >= {p for _, _, p in bench["evaluation"].PARTS} - {"importing rouge-score"}
+    assert sum(parts.values()) == pytest.approx(found["unfed"]["seconds"])
+    found["plain"]["values"]["forget_Q_A_Prob"] += 0.01
+    with pytest.raises(RuntimeError, match=r"not the same numbers: .'forget_Q_A_Prob'"):
+        bench["evaluation"].agreement(found["unfed"], found["plain"])

@@ -13,7 +13,7 @@ import pytest
 from unfed.app.report import compare, make_report
 from unfed.base.errors import UnfedError
 from unfed.cli.main import main
-from unfed.evaluation.suites import TOFU_METRICS
+from unfed.evaluation.tofu import TOFU
 from unfed.report.answers import _questions
 from unfed.report.contents import Report
 from unfed.report.export import tex
@@ -146,7 +146,7 @@ def test_verdict_and_cost_without_some_of_the_models(runs: dict[str, Path]) -> N
 
 
 def test_every_metric_has_a_name_and_a_sentence() -> None:
-    assert TOFU_METRICS.keys() <= METRICS.keys()
+    assert TOFU.metrics.keys() <= METRICS.keys()
     assert set(HEADLINE) <= METRICS.keys()
     assert {"mem", "priv", "utility", "agg", "forget_fluency"} <= METRICS.keys()
     assert all(words and sentence.endswith(".") for words, sentence in METRICS.values())

@@ -29,18 +29,33 @@ def gradient_norms(
     asked = [t.requires_grad for t in tensors]
     device = next(model.parameters()).device
     norms = np.full(len(encoded), np.nan)
+    kept = [t.grad for t in tensors]
+    found: list[torch.Tensor] = []
+
+    def take(tensor: torch.Tensor) -> None:
+        assert tensor.grad is not None
+        found.append(tensor.grad.float().norm())
+        tensor.grad = None  # at once, so that the gradients of a whole model never lie side by side
+
+    handles = []
     try:
         for t in tensors:
+            t.grad = None
             t.requires_grad_(True)
+            handles.append(t.register_post_accumulate_grad_hook(take))
         for i, example in enumerate(encoded):
             with torch.enable_grad():
                 logps, _ = token_logps(model, collate([example], pad).to(device))
                 if len(logps) > 1:
-                    grads = torch.autograd.grad(-logps[:-1].mean(), tensors, allow_unused=True)
-                    norms[i] = float(torch.stack([g.float().norm() for g in grads if g is not None]).mean())
+                    found.clear()
+                    torch.autograd.backward(-logps[:-1].mean(), inputs=tensors)
+                    norms[i] = float(torch.stack(found).mean())
             if told is not None:
                 told(i + 1)
     finally:
-        for t, given in zip(tensors, asked, strict=True):
+        for handle in handles:
+            handle.remove()
+        for t, given, grad in zip(tensors, asked, kept, strict=True):
             t.requires_grad_(given)
+            t.grad = grad
     return norms

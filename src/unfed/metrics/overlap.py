@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +14,23 @@ Kind = Literal["rougeL_recall", "rougeL_f1", "rouge1_recall"]
 """Which of the three is averaged."""
 
 
+class _Tokens:
+    """rouge-score's own tokens and stems; a text that is compared several times, and a word, are stemmed once."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+        from rouge_score.tokenize import tokenize
+
+        stemmer: Any = PorterStemmer()
+        stemmer.stem = lru_cache(1 << 16)(stemmer.stem)
+        self.tokenize = lru_cache(256)(lambda text: tokenize(text, stemmer))
+
+
 @cache
 def _scorer() -> Any:
     from rouge_score import rouge_scorer
 
-    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], tokenizer=_Tokens())
 
 
 def rouge(answer: str, generation: str) -> dict[str, float]:

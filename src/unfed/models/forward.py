@@ -44,7 +44,7 @@ def label_mask(batch: Batch) -> Tensor:
     return mask
 
 
-def _causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: nn.Module) -> Any:
     """The transformers model under DistributedDataParallel, torch.compile and PEFT."""
     inner: Any = model
     while True:
@@ -61,9 +61,9 @@ def _causal_lm(model: nn.Module) -> Any:
 @contextmanager
 def _head_input(model: nn.Module, cut: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the output embedding see ``cut(hidden)`` instead of ``hidden`` ``(B, T, D)``; always undone."""
-    head = _causal_lm(model).get_output_embeddings()
+    head = causal_lm(model).get_output_embeddings()
     if head is None:
-        raise TypeError(f"{type(_causal_lm(model)).__name__} has no output embedding")
+        raise TypeError(f"{type(causal_lm(model)).__name__} has no output embedding")
     calls = 0
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
@@ -77,7 +77,7 @@ def _head_input(model: nn.Module, cut: Callable[[Tensor], Tensor]) -> Iterator[N
     finally:
         handle.remove()
     if calls != 1:
-        raise RuntimeError(f"the head of {type(_causal_lm(model)).__name__} ran {calls} times in one forward pass")
+        raise RuntimeError(f"the head of {type(causal_lm(model)).__name__} ran {calls} times in one forward pass")
 
 
 def _run(model: nn.Module, batch: Batch, **options: Any) -> Any:
@@ -209,6 +209,17 @@ def answer_logps(model: nn.Module, batch: Batch) -> Tensor:
 def all_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits at every position, ``(B, T, V)``, padding included. Only for comparisons that need all of them."""
     return _run(model, batch).logits
+
+
+def last_logits(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    """Logits ``(R, V)`` after the last of the tokens ``ids`` ``(R, T)``, whose keys and values go into ``cache``.
+
+    ``mask`` ``(R, S)`` covers the cached columns and the new ones; positions count the tokens that it shows.
+    """
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with _head_input(model, lambda hidden: hidden[:, -1:]):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.logits[:, -1]
 
 
 def hidden_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:

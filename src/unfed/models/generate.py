@@ -14,6 +14,14 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from unfed.base.errors import ConfigError
 from unfed.base.seeding import torch_generator
+from unfed.models.decoding import Decoder, can_buffer, left_padded
+
+CACHED_PER_TOKEN = 4
+"""Positions that generation may keep in its cache for each token of a batch: a cached position (keys and values of
+each layer) is far smaller than one in the middle of a forward pass with its logits."""
+
+Special = tuple[int, list[int], int | None]
+"""The padding id, the ids that end a text, and the id that attention is not to see inside prompts."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how many are done, how many there are)."""
@@ -38,7 +46,7 @@ class Budget:
     """
 
     max_tokens: int = 4096
-    batch_size: int = 32
+    batch_size: int = 64
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices grouped by length, the longest first (whatever does not fit in memory shows at once)."""
@@ -77,8 +85,8 @@ class _Gumbel(LogitsProcessor):
     """Adds Gumbel noise, so that the largest logit is a sample (Gumbel-max). Each prompt has its own stream,
     drawn on the CPU, so the text does not depend on the batch nor on the device."""
 
-    def __init__(self, seed: int, prompts: Sequence[int]) -> None:
-        self._streams = [torch_generator(seed, "generate", i) for i in prompts]
+    def __init__(self, streams: Sequence[torch.Generator]) -> None:
+        self._streams = streams
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         del input_ids
@@ -86,15 +94,25 @@ class _Gumbel(LogitsProcessor):
         return scores - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7))).to(scores.device, scores.dtype)
 
 
-def _processors(decoding: Decoding, prompts: Sequence[int]) -> LogitsProcessorList:
-    found = LogitsProcessorList()
-    if decoding.do_sample:
-        if decoding.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(decoding.temperature))
-        if decoding.top_p < 1.0:
-            found.append(TopPLogitsWarper(decoding.top_p))
-        found.append(_Gumbel(decoding.seed, prompts))
-    return found
+class _Sampling:
+    """The processors of some prompts' logits; a prompt's stream goes on from call to call."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+        self._streams: dict[int, torch.Generator] = {}
+
+    def __call__(self, prompts: Sequence[int]) -> LogitsProcessorList:
+        found, given = LogitsProcessorList(), self._decoding
+        if given.do_sample:
+            for i in prompts:
+                if i not in self._streams:
+                    self._streams[i] = torch_generator(given.seed, "generate", i)
+            if given.temperature != 1.0:
+                found.append(TemperatureLogitsWarper(given.temperature))
+            if given.top_p < 1.0:
+                found.append(TopPLogitsWarper(given.top_p))
+            found.append(_Gumbel([self._streams[i] for i in prompts]))
+        return found
 
 
 def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -102,16 +120,6 @@ def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return sorted({int(i) for i in ids if isinstance(i, int)})
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
 
 
 def generate(
@@ -126,16 +134,52 @@ def generate(
 
     ``prompts`` are token ids. A text ends before the first end-of-sequence token, without special tokens and
     surrounding blanks. Greedy decoding is plain: a repetition penalty in the model's own generation
-    configuration is not applied. ``budget.max_tokens`` counts prompt positions. ``mask_pad_ids`` hides every
-    padding id inside a prompt too (what OpenUnlearning does; for ``parity``).
+    configuration is not applied. ``mask_pad_ids`` hides every padding id inside a prompt too (what OpenUnlearning does;
+    for ``parity``). ``budget.max_tokens`` bounds the prompts that pass the model at once; rows times (prompt + new
+    tokens) stays within :data:`CACHED_PER_TOKEN` times as many.
     """
+    stops = _stop_ids(model, tokenizer)
+    way = _by_buffer if can_buffer(model) else _by_transformers
+    hidden = pad_id(tokenizer) if mask_pad_ids else None
+    for i, new in way(model, prompts, decoding, budget, (pad_id(tokenizer), stops, hidden)):
+        yield i, _text(tokenizer, new, stops)
+
+
+def _by_buffer(
+    model: nn.Module, prompts: Sequence[Sequence[int]], decoding: Decoding, budget: Budget, special: Special
+) -> Iterator[tuple[int, list[int]]]:
+    pad, stops, hidden = special
+    decoder = Decoder(
+        model=model,
+        prompts=prompts,
+        waiting=[i for batch in budget.batches([len(p) for p in prompts]) for i in batch],
+        stops=frozenset(stops),
+        max_new_tokens=decoding.max_new_tokens,
+        rows=budget.batch_size,
+        max_tokens=budget.max_tokens,
+        max_positions=CACHED_PER_TOKEN * budget.max_tokens,
+        pad=pad,
+        process=_Sampling(decoding),
+        hidden_id=hidden,
+    )
+    while decoder.unfinished:
+        with inference(model):
+            found = decoder.advance()
+        yield from found
+
+
+def _by_transformers(
+    model: nn.Module, prompts: Sequence[Sequence[int]], decoding: Decoding, budget: Budget, special: Special
+) -> Iterator[tuple[int, list[int]]]:
+    """Batch after batch, for models whose caches are of another kind."""
     engine: Any = model
-    pad, stops = pad_id(tokenizer), _stop_ids(engine, tokenizer)
+    pad, stops, hidden = special
     device = next(model.parameters()).device
+    sampling = _Sampling(decoding)
     for batch in budget.batches([len(p) for p in prompts]):
-        ids, mask = _left_padded([prompts[i] for i in batch], pad)
-        if mask_pad_ids:
-            mask = (ids != pad).to(mask.dtype)
+        ids, mask = left_padded([prompts[i] for i in batch], pad)
+        if hidden is not None:
+            mask = mask * (ids != hidden)
         # Every field that a model's own generation configuration may set is set here.
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
@@ -146,10 +190,9 @@ def generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                logits_processor=_processors(decoding, batch),
+                logits_processor=sampling(batch),
             )
-        for i, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-            yield i, _text(tokenizer, new, stops)
+        yield from zip(batch, out[:, ids.shape[1] :].tolist(), strict=True)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, new: Sequence[int], stops: Sequence[int]) -> str:
