@@ -4,8 +4,12 @@ What it does, so that the comparison is fair: each metric runs its own ``DataLoa
 padded on the right; rows are tokenised in the pass; the model gives the logits of every position, which are cast to
 float32 and go through a cross-entropy (or a log-softmax) over all positions. Of a column with several answers each
 batch is run once for each answer. Texts are generated for each ROUGE metric, in file order, 32 prompts padded on the
-left. A metric that is made of other named metrics takes their results if they were computed before. Attacks look at
-forget and holdout rows, each in passes of its own; gradients are taken one row at a time.
+left. Attacks look at forget and holdout rows, each in passes of its own; gradients are taken one row at a time.
+Metrics that are numbers made of other metrics' numbers (model utility, privleak) take those.
+
+Two ways with the rest: ``shared=False`` is one pass for each metric and nothing else, so that a truth ratio scores its
+right and wrong answers itself; with ``shared=True`` losses that another named metric has computed are taken from there,
+as OpenUnlearning does it.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ DEFAULT = ("forget_truth_ratio", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "model_u
            "extraction_strength")  # fmt: skip
 """The default list; without a retain model's log, forget quality is its truth ratios."""
 
-ALL = (*DEFAULT, "exact_memorization", "retain_extraction_strength", "mia_loss", "mia_zlib", "mia_min_k_plus_plus",
+ALL = (*DEFAULT, *(f"{s}_{k}_Prob" for s in ("forget", "retain") for k in ("Q_A_PARA", "Q_A_PERT")),
+       *(f"{s}_{k}_Prob" for s in ("ra", "wf") for k in ("Q_A", "Q_A_PERT")), "exact_memorization", "retain_extraction_strength", "mia_loss", "mia_zlib", "mia_min_k_plus_plus",
        "mia_gradnorm", *(f"{s}_Q_A_{k}_ROUGE" for s in ("forget", "retain") for k in ("PARA", "PERT")))  # fmt: skip
 """All metrics that need no other model."""
 
@@ -52,6 +57,7 @@ class OnePassPerMetric:
     template: Template
     rows: Mapping[str, Sequence[Example]]
     new_tokens: int
+    shared: bool = True
     values: dict[str, float] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
     _losses: dict[str, list[Array]] = field(default_factory=dict)
@@ -102,8 +108,8 @@ class OnePassPerMetric:
         return self.values[f"{short}_{kind}"]
 
     def _prob(self, name: str) -> list[Array]:
-        """Losses of each row's answers, computed once for a name."""
-        if name not in self._losses:
+        """Losses of each row's answers; where results are shared, computed once for a name."""
+        if not self.shared or name not in self._losses:
             short, _, kind = name.partition("_")
             split, column = SPLITS[short], COLUMNS[kind.removesuffix("_Prob")]
             self._losses[name] = self._pass(split, column, _mean_losses)

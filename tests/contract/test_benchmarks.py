@@ -94,17 +94,18 @@ def test_both_evaluations_do_the_same_work(bench, shared_dir, monkeypatch):
     monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)
     model = str(shared_dir / "golden" / "models" / "tiny")
     found = {}
-    for side in ("unfed", "plain"):
+    for side in bench["evaluation"].SIDES:
         given = argparse.Namespace(model=model, data=str(shared_dir / "data"), forget="forget01", limit=3, side=side,
                                    metrics="all", new_tokens=8, threads=1)  # fmt: skip
         found[side] = bench["evaluation"].one(given)
-    agreed = bench["evaluation"].agreement(found["unfed"], found["plain"])
-    assert agreed["compared"] == len(found["plain"]["values"]) > 30
-    assert agreed["texts"] == 8 * 3 and agreed["texts_that_differ"] == 0
+    for side in ("one_pass_per_metric", "shared_by_name"):
+        agreed = bench["evaluation"].agreement(found["unfed"], found[side])
+        assert agreed["compared"] == len(found[side]["values"]) > 30
+        assert agreed["texts"] == 8 * 3 and agreed["texts_that_differ"] == 0
     assert found["unfed"]["peak_bytes"] > found["unfed"]["loaded_bytes"] > 50e6
     parts = found["unfed"]["seconds_by_part"]
     assert set(parts) >= {p for _, _, p in bench["evaluation"].PARTS} - {"importing rouge-score"}
     assert sum(parts.values()) == pytest.approx(found["unfed"]["seconds"])
-    found["plain"]["values"]["forget_Q_A_Prob"] += 0.01
+    found["shared_by_name"]["values"]["forget_Q_A_Prob"] += 0.01
     with pytest.raises(RuntimeError, match=r"not the same numbers: .'forget_Q_A_Prob'"):
-        bench["evaluation"].agreement(found["unfed"], found["plain"])
+        bench["evaluation"].agreement(found["unfed"], found["shared_by_name"])

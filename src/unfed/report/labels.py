@@ -85,6 +85,10 @@ METRICS: Mapping[str, tuple[str, str]] = {
         "forget fluency",
         "Whether what it writes when asked for forgotten things still reads like language. Higher.",
     ),
+    **dict.fromkeys(
+        ("forget_Q_A_gibberish", "forget_gibberish"),
+        ("forget, clean text", "How sure a classifier is that what it writes then is no gibberish. Higher."),
+    ),
     "mia_loss": _attack("loss", "the loss"),
     "mia_zlib": _attack("zlib", "the loss beside how well the text compresses"),
     "mia_min_k": _attack("min-k", "the least likely tokens"),
