@@ -39,9 +39,14 @@ DEFAULT = ("forget_truth_ratio", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "model_u
            "extraction_strength")  # fmt: skip
 """The default list; without a retain model's log, forget quality is its truth ratios."""
 
-ALL = (*DEFAULT, *(f"{s}_{k}_Prob" for s in ("forget", "retain") for k in ("Q_A_PARA", "Q_A_PERT")),
-       *(f"{s}_{k}_Prob" for s in ("ra", "wf") for k in ("Q_A", "Q_A_PERT")), "exact_memorization", "retain_extraction_strength", "mia_loss", "mia_zlib", "mia_min_k_plus_plus",
-       "mia_gradnorm", *(f"{s}_Q_A_{k}_ROUGE" for s in ("forget", "retain") for k in ("PARA", "PERT")))  # fmt: skip
+ALL = (
+    *DEFAULT,
+    *(f"{s}_{k}_Prob" for s in ("forget", "retain") for k in ("Q_A_PARA", "Q_A_PERT")),
+    *(f"{s}_{k}_Prob" for s in ("ra", "wf") for k in ("Q_A", "Q_A_PERT")),
+    *(f"{s}_Q_A_{k}_ROUGE" for s in ("forget", "retain") for k in ("PARA", "PERT")),
+    "exact_memorization", "retain_extraction_strength",
+    "mia_loss", "mia_zlib", "mia_min_k_plus_plus", "mia_gradnorm",
+)  # fmt: skip
 """All metrics that need no other model."""
 
 SPLITS = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}

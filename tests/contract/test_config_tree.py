@@ -16,7 +16,7 @@ from unfed.objectives.registry import OBJECTIVES, UNLEARNING_METHODS
 
 CONFIGS = config_dir()
 MODELS = (
-    "Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct", "Llama-2-7b-chat-hf",
+    "Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct", "Llama-2-7b-chat-hf", "Llama-2-7b-hf",
     "Qwen2.5-1.5B-Instruct", "Qwen2.5-3B-Instruct", "Qwen2.5-7B-Instruct", "Phi-3.5-mini-instruct", "gemma-7b-it",
     "zephyr-7b-beta", "SmolLM2-135M-Instruct", "tiny",
 )  # fmt: skip
