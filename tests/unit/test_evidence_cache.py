@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unfed.data.chat import encode_rows
 from unfed.data.spec import Template
-from unfed.evaluation import collect, gradients
+from unfed.evaluation import cache, collect, gradients
 from unfed.evaluation.cache import EvidenceCache
 from unfed.evaluation.runner import evaluate
 from unfed.evaluation.suites import SuiteConfig
@@ -79,10 +79,8 @@ class Counter:
 def run(opened: Any, place: Path, *metrics: str, **changes: Any) -> Any:
     model, tokenizer = opened
     digest = model_digest(model, tokenizer)
-    cache = EvidenceCache(place, digest.model, digest.base)
-    asked = replace(
-        SuiteConfig(metrics=metrics or METRICS, decoding=Decoding(max_new_tokens=4), cache=cache), **changes
-    )
+    kept = EvidenceCache(place, digest.model, digest.base)
+    asked = replace(SuiteConfig(metrics=metrics or METRICS, decoding=Decoding(max_new_tokens=4), cache=kept), **changes)
     return evaluate(model, tokenizer, Template(), asked, ROWS).to_eval_json()
 
 
@@ -150,6 +148,29 @@ def test_digests_tell_models_apart(opened):
     assert two.model != one.model and two.base == one.base
     half = model.get_base_model().half()
     assert model_digest(half, tokenizer).base is None
+
+
+def test_a_tokenizer_that_reads_tokens_otherwise_is_another_one(opened):
+    model, tokenizer = opened
+    one = model_digest(model, tokenizer)
+    tokenizer.clean_up_tokenization_spaces = not tokenizer.clean_up_tokenization_spaces
+    two = model_digest(model, tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["town"]})  # left out of decoded text from now on
+    assert len({one.model, two.model, model_digest(model, tokenizer).model}) == 3
+
+
+def test_libraries_are_part_of_the_key(opened, tmp_path, monkeypatch):
+    seen = Counter(monkeypatch)
+    run(opened, tmp_path, "forget_Q_A_Prob")
+    monkeypatch.setattr(cache, "LIBRARIES", ("2.0", "5.0", "0.1"))
+    run(opened, tmp_path, "forget_Q_A_Prob")
+    assert seen.taken()[0] == 8
+
+
+def test_an_evaluation_outlives_its_cache(opened, tmp_path, caplog):
+    (tmp_path / "file").write_text("where a directory should be")
+    assert run(opened, tmp_path / "file") == run(opened, tmp_path / "good")
+    assert "goes on without its cache (eval.cache_dir)" in caplog.text and str(tmp_path / "file") in caplog.text
 
 
 def test_fluency_by_hand(opened, tmp_path):

@@ -43,7 +43,12 @@ def model_digest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> ModelD
 
 
 def _stops(tokenizer: PreTrainedTokenizerBase) -> Iterable[Any]:
-    return (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.padding_side)
+    """What decides, beside the vocabulary, how tokens become text and where text ends."""
+    marks = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.padding_side)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    clean = getattr(tokenizer, "clean_up_tokenization_spaces", None)
+    decoder = backend.to_str() if backend is not None else type(tokenizer).__name__
+    return (*marks, sorted(tokenizer.all_special_ids), clean, decoder)
 
 
 def _settings(model: nn.Module) -> str:
