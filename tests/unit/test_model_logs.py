@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from unfed.base.errors import ArtifactError
+from unfed.app.runs import run
+from unfed.base.errors import ArtifactError, DataError
 from unfed.config.preflight import preflight
 from unfed.config.schema import EvalConfig
 from unfed.data.datasets import data_digest, load_rows
@@ -62,3 +63,11 @@ def test_a_log_is_looked_at_before_a_training(small_run: Any, tmp_path: Path) ->
     assert f"{file}: model_utility.agg_value is not a finite number (eval.finetuned_logs_path)" in problem
     (problem,) = found(json.dumps(numbers | {"_run": {"splits": {"retain": {"digest": "x"}}}}), key)
     assert "another retain split" in problem
+
+
+def test_an_answer_without_a_token_is_found_before_a_training(small_run: Any, tmp_path: Path) -> None:
+    suite = EvalConfig(path="fictional", forget_split="forget25", metrics=("forget_Q_A_Prob",), max_length=5)
+    wrong = replace(small_run("finetune", tmp_path / "out"), eval=suite)
+    with pytest.raises(DataError, match=r"forget25_perturbed.*column 'answer': max_length=5 leaves.*eval\.max_length"):
+        run(wrong)
+    assert not (tmp_path / "out").exists()

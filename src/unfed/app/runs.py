@@ -14,7 +14,7 @@ import torch
 
 from unfed.app import build
 from unfed.app.during import Listeners, RoundEvaluation
-from unfed.app.evaluate import evaluate_model, evaluation_rows
+from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
 from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_loss
 from unfed.app.progress import Reporter, say, show_schedule
@@ -121,6 +121,7 @@ def train(config: RunConfig) -> RunResult:
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget]) if config.mode == "unlearn" else []
     with open_run(config) as directory:
         loaded = _open(config, trainable=True)
+        check_tokens(config, loaded)
         clients = build.encode_clients(config, loaded, rows, partition)
         rule = build.server_rule(config, loaded)
         schedule = build.build_schedule(config, args, clients, targets, rule)
