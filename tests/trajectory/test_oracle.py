@@ -206,3 +206,18 @@ def test_a_fine_tuning_that_cannot_be_repeated_is_refused(world, tmp_path):
     (changed / "train_rows.json").write_text(json.dumps([*rows[1:], "another", "and another"]))
     with pytest.raises(UnfedError, match=r"data\.train \(full\) is no longer what .*: 1 rows are new and 2 are gone"):
         oracles.oracle_config(unlearn(tmp_path / "b", model_args={"pretrained_model_name_or_path": str(changed)}))
+
+
+def test_a_mistake_of_the_run_itself_is_found_before_the_oracle_is_trained(world, tmp_path):
+    root, _, _, unlearn = world
+    there = sorted((root / "saves" / "oracle").iterdir()) if (root / "saves").exists() else []
+    with pytest.raises(UnfedError, match="num_clients=5"):
+        run(unlearn(tmp_path / "a", method_args={"num_clients": 5}))
+    cut = tmp_path / "b"
+    (cut / "checkpoints" / "round_00001").mkdir(parents=True)
+    (cut / "run.json").write_text('{"status": "failed"}')
+    given = unlearn(cut)
+    given = replace(given, data=replace(given.data, forget=DatasetConfig("locuslab/TOFU", "forget25", limit=1)))
+    with pytest.raises(UnfedError, match="holds a run that was cut short"):
+        run(given)
+    assert (sorted((root / "saves" / "oracle").iterdir()) if (root / "saves").exists() else []) == there
