@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from unfed.data.chat import encode_rows
 from unfed.data.spec import Template
@@ -157,6 +157,16 @@ def test_a_tokenizer_that_reads_tokens_otherwise_is_another_one(opened):
     two = model_digest(model, tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["town"]})  # left out of decoded text from now on
     assert len({one.model, two.model, model_digest(model, tokenizer).model}) == 3
+
+
+def test_biases_that_train_with_an_adapter_are_part_of_the_base(opened):
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_attention_heads=2, attention_bias=True, **sizes))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    one = model_digest(model, opened[1])
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("bias")).add_(1)
+    assert model_digest(model, opened[1]).base != one.base  # PEFT does not take them back in disable_adapter
 
 
 def test_libraries_are_part_of_the_key(opened, tmp_path, monkeypatch):
