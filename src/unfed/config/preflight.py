@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from unfed.base.errors import DataError, UnfedError
+from unfed.base.types import Example
 from unfed.config.checks import datasets
-from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+from unfed.config.schema import FEDERATED_TRAINERS, EvalConfig, RunConfig
 from unfed.data.benchmarks import splits_of
 from unfed.models.source import path_problem, resolve_source
 from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -94,12 +95,31 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
                 if split.data.path != FICTIONAL and local_file(split.data, data_dir) is None:
                     continue
             here[name] = split
-        read_rows(SUITES[given.suite], given.metrics, here, data_dir)
+        _logs(given, read_rows(SUITES[given.suite], given.metrics, here, data_dir))
         if config.trainer is not None and config.trainer.args.get("eval_strategy") in ("round", "phase"):
             read_rows(SUITES[given.suite], given.round_metrics, here, data_dir)
     except UnfedError as e:
         return [str(e)]
     return []
+
+
+def _logs(given: EvalConfig, rows: Mapping[str, Sequence[Example]]) -> None:
+    """Other models' logs: they too are read after the training. Raises ``UnfedError``."""
+    if given.retain_logs_path is None and given.finetuned_logs_path is None:
+        return
+    from unfed.evaluation.logs import load_model_logs
+    from unfed.evaluation.runner import check_finetuned_logs, check_retain_logs
+    from unfed.evaluation.suites import SUITES
+    from unfed.metrics.summary import RELATIVE_PARTS
+
+    metrics = SUITES[given.suite].select(given.metrics)
+    if (path := given.retain_logs_path) is not None:
+        check_retain_logs(load_model_logs(path), metrics, rows)
+    if (path := given.finetuned_logs_path) is not None:
+        logs = load_model_logs(path, "eval.finetuned_logs_path")
+        check_finetuned_logs(logs, metrics, rows)
+        for name in RELATIVE_PARTS if "utility" in {m.name for m in metrics} else ():
+            logs.value(name)
 
 
 def _other_files(config: RunConfig) -> Iterator[str]:

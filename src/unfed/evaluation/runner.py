@@ -110,7 +110,9 @@ def evaluate(
         raise DataError("the evaluation has no rows: every split is empty")
     digests = {split: data_digest(rows) for split, rows in rows_by_split.items()}
     if retain_logs is not None:
-        _check_logs(retain_logs, metrics, rows_by_split, digests)
+        check_retain_logs(retain_logs, metrics, rows_by_split)
+    if suite.finetuned_logs is not None:
+        check_finetuned_logs(suite.finetuned_logs, metrics, rows_by_split)
     given = Pass(
         model=model,
         tokenizer=tokenizer,
@@ -152,13 +154,10 @@ def _cut(evidence: Evidence, split: str) -> int:
     return sum(a.cut for (s, _), a in evidence.answers.items() if s == split)
 
 
-def _check_logs(
-    logs: ModelLogs,
-    metrics: Sequence[Metric],
-    rows_by_split: Mapping[str, Sequence[Example]],
-    digests: Mapping[str, str],
+def check_retain_logs(
+    logs: ModelLogs, metrics: Sequence[Metric], rows_by_split: Mapping[str, Sequence[Example]]
 ) -> None:
-    """A log that cannot be this run's reference is refused before anything is scored.
+    """Refuse a log that cannot be this run's reference. Raises ``ArtifactError`` naming the file and what is wrong.
 
     It is asked only for what this run will compare with it: a run without holdout rows has no privleak, and needs none
     of the log.
@@ -170,11 +169,24 @@ def _check_logs(
         column_problem(forget, "forget", c) is None for c in ("paraphrased_answer", "perturbed_answer")
     ):
         logs.truth_ratios()
-        logs.check_split([str(row["answer"]) for row in forget], digests["forget"])
-    if "privleak" in names and forget and rows_by_split.get("holdout"):
-        logs.value("mia_min_k")
+        logs.check_split([str(row["answer"]) for row in forget], data_digest(forget))
+    if not forget or not rows_by_split.get("holdout"):
+        return
+    if "privleak" in names:
+        logs.auc("mia_min_k")
+    if names & {"privleak", "priv"}:
         for split in ("forget", "holdout"):
-            logs.check_digest(split, digests[split])
+            logs.check_digest(split, data_digest(rows_by_split[split]))
+
+
+def check_finetuned_logs(
+    logs: ModelLogs, metrics: Sequence[Metric], rows_by_split: Mapping[str, Sequence[Example]]
+) -> None:
+    """Refuse a log whose utility is of other rows than this run's. Raises ``ArtifactError``."""
+    if "utility" in {m.name for m in metrics}:
+        for split, rows in rows_by_split.items():
+            if rows:
+                logs.check_digest(split, data_digest(rows))
 
 
 def write_results(
