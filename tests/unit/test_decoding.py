@@ -81,5 +81,7 @@ def test_the_batch_keeps_its_bounds(model: Any, monkeypatch: pytest.MonkeyPatch)
 def test_other_caches_are_left_to_transformers(model: Any, tiny_model_dir: Path) -> None:
     assert can_buffer(model)
     assert can_buffer(AutoModelForCausalLM.from_pretrained(tiny_model_dir))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not can_buffer(LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=dynamic)))
     sliding = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)).eval()
     assert not can_buffer(sliding)

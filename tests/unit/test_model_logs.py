@@ -16,6 +16,7 @@ from unfed.config.schema import EvalConfig
 from unfed.data.datasets import data_digest, load_rows
 from unfed.data.spec import DatasetSpec
 from unfed.evaluation.logs import ModelLogs
+from unfed.evaluation.runner import content_digest
 
 
 @pytest.mark.parametrize("value", ["0.5", True, float("nan"), float("inf"), [0.5]])
@@ -71,3 +72,21 @@ def test_an_answer_without_a_token_is_found_before_a_training(small_run: Any, tm
     with pytest.raises(DataError, match=r"forget25_perturbed.*column 'answer': max_length=5 leaves.*eval\.max_length"):
         run(wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_log_of_other_wrong_answers_or_of_another_parity_is_refused() -> None:
+    """The ids of rows are digests of question and answer: other columns have a digest of their own."""
+    rows = [{"id": "1", "question": "Q?", "answer": "A.", "perturbed_answer": ["B."]}]
+    other = [{**rows[0], "perturbed_answer": ["C."]}]
+    assert content_digest(rows) != content_digest(other) and data_digest(rows) == data_digest(other)
+    run_entry = {"splits": {"forget": {"digest": data_digest(rows), "content": content_digest(rows)}}, "parity": None}
+    logs = ModelLogs("log.json", {"_run": run_entry})
+    logs.check_content("forget", content_digest(rows))
+    logs.check_parity(None)
+    with pytest.raises(ArtifactError, match=r"log\.json \(retain_logs_path\): the forget rows.*other paraphrased"):
+        logs.check_content("forget", content_digest(other))
+    with pytest.raises(ArtifactError, match=r"eval\.parity=None, this run has eval\.parity=openunlearning"):
+        logs.check_parity("openunlearning")
+    theirs = ModelLogs("log.json", {"mia_loss": {"agg_value": 0.5}})
+    theirs.check_content("forget", content_digest(other))
+    theirs.check_parity("openunlearning")

@@ -174,3 +174,12 @@ def test_the_splits_of_the_benchmark():
     assert where["holdout"] == ("privleak", "holdout", 4) and where["verbmem"] == ("verbmem", "forget", 4)
     shots = splits["forget_qa"].shots
     assert shots is not None and (shots.split, shots.limit) == ("forget_qa_icl", None)
+
+
+def test_a_text_without_a_beginning_cannot_be_continued(opened):
+    from unfed.evaluation.collect import encode_questions
+    from unfed.evaluation.scoring import Pass
+
+    given = Pass(*opened, TAGS, layouts={"verbmem": muse_splits("x")["verbmem"].layout})
+    with pytest.raises(DataError, match="verbmem: row 2 begins with no text"):
+        encode_questions(given, ["rain", ""], "verbmem")

@@ -93,7 +93,9 @@ def _reference(config: RunConfig, loaded: LoadedModel) -> Callable[[], AbstractC
 
 
 def _cache(config: EvalConfig, loaded: LoadedModel) -> EvidenceCache | None:
-    if config.cache_dir is None:
+    offloaded = any(p.device.type == "meta" for p in loaded.model.parameters())
+    # What is offloaded or packed cannot be digested bit for bit.
+    if config.cache_dir is None or offloaded or getattr(loaded.model, "is_quantized", False):
         return None
     digest = model_digest(loaded.model, loaded.tokenizer)
     judged_by_base = config.reference_model_path is None

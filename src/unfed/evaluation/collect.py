@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from unfed.base.errors import DataError
 from unfed.base.types import IGNORE_INDEX, Example
 from unfed.data.chat import EncodedExample, encode_pairs, encode_prompts
 from unfed.data.texts import encode_beginnings, encode_completions
@@ -170,8 +171,12 @@ def encode_questions(given: Pass, questions: Sequence[str], split: str) -> list[
     """Where the answers to the questions of a split begin, as token ids."""
     layout = given.layout(split)
     if layout.completion:
-        return encode_beginnings(given.tokenizer, questions)
-    return encode_prompts(given.tokenizer, given.template, questions, layout.shots)
+        found = encode_beginnings(given.tokenizer, questions)
+    else:
+        found = encode_prompts(given.tokenizer, given.template, questions, layout.shots)
+    if (empty := next((n for n, ids in enumerate(found, 1) if not ids), None)) is not None:
+        raise DataError(f"{split}: row {empty} begins with no text, so there is nothing that a model could go on from")
+    return found
 
 
 def _generate_splits(

@@ -90,11 +90,29 @@ class ModelLogs:
 
     def check_digest(self, split: str, digest: str) -> None:
         """Refuse a log of ours whose ``split`` had other rows. Raises ``ArtifactError``."""
-        known = _digest(self.metrics, split)
+        known = _split(self.metrics, split).get("digest")
         if known is not None and known != digest:
             raise ArtifactError(
                 f"{self.name} ({self.key}): the log is of another {split} split"
                 f"{_named(self.metrics, split)}: its rows are {known}, this run's are {digest}"
+            )
+
+    def check_content(self, split: str, content: str) -> None:
+        """Refuse a log of ours whose ``split`` had other columns (paraphrased or wrong answers, say)."""
+        known = _split(self.metrics, split).get("content")
+        if isinstance(known, str) and known != content:
+            raise ArtifactError(
+                f"{self.name} ({self.key}): the {split} rows{_named(self.metrics, split)} had the same questions and "
+                "answers, but other paraphrased or wrong answers: evaluate that model on this run's file"
+            )
+
+    def check_parity(self, parity: str | None) -> None:
+        """Refuse a log of ours that was made with another ``eval.parity``."""
+        run = self.metrics.get(RUN_KEY)
+        if isinstance(run, Mapping) and "parity" in run and run["parity"] != parity:
+            raise ArtifactError(
+                f"{self.name} ({self.key}): was made with eval.parity={run['parity']}, this run has "
+                f"eval.parity={parity}: their numbers do not compare"
             )
 
     def check_split(self, answers: Sequence[str], digest: str) -> None:
@@ -120,15 +138,16 @@ class ModelLogs:
 
 
 def _named(metrics: Mapping[str, Any], split: str) -> str:
-    name = metrics[RUN_KEY]["splits"][split].get("name")
+    name = _split(metrics, split).get("name")
     return f" ({name})" if name else ""
 
 
-def _digest(metrics: Mapping[str, Any], split: str) -> str | None:
+def _split(metrics: Mapping[str, Any], split: str) -> Mapping[str, Any]:
+    """What a log of ours says of the rows of a split; others say nothing."""
     run = metrics.get(RUN_KEY)
     splits = run.get("splits") if isinstance(run, Mapping) else None
     found = splits.get(split) if isinstance(splits, Mapping) else None
-    return found.get("digest") if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def load_model_logs(path: Path | str, key: str = "retain_logs_path") -> ModelLogs:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from unfed.base.artifacts import write_json
+from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import DataError
 from unfed.base.types import Example
 from unfed.data.chat import Template
@@ -33,13 +33,14 @@ SUMMARY_FILE = TOFU.summary_file
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """Which rows a split was: the data set's name, how many, a digest of their ids; ``cut``: answers that
-    ``max_length`` shortened."""
+    """Which rows a split was: the data set's name, how many, a digest of their ids (which are digests of question and
+    answer), and of all their columns (``content``); ``cut``: answers that ``max_length`` shortened."""
 
     name: str
     rows: int
     digest: str
     cut: int = 0
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class EvalResult:
         run = {
             "agg_value": None,
             "splits": {
-                s: {"name": i.name, "rows": i.rows, "digest": i.digest, "cut": i.cut} for s, i in self.splits.items()
+                s: {"name": i.name, "rows": i.rows, "digest": i.digest, "content": i.content, "cut": i.cut}
+                for s, i in self.splits.items()
             },
             "parity": self.parity,
             "digests": dict(digests or {}),
@@ -111,6 +113,7 @@ def evaluate(
     digests = {split: data_digest(rows) for split, rows in rows_by_split.items()}
     if retain_logs is not None:
         check_retain_logs(retain_logs, metrics, rows_by_split)
+        retain_logs.check_parity(suite.parity)
     if suite.finetuned_logs is not None:
         check_finetuned_logs(suite.finetuned_logs, metrics, rows_by_split)
     given = Pass(
@@ -130,7 +133,9 @@ def evaluate(
     columns = [c for m in metrics for c in m.rule.columns]
     evidence = collect(given, rows_by_split, columns, [s for m in metrics for s in m.rule.generated])
     infos = {
-        split: SplitInfo(suite.datasets.get(split, split), len(rows), digests[split], _cut(evidence, split))
+        split: SplitInfo(
+            suite.datasets.get(split, split), len(rows), digests[split], _cut(evidence, split), content_digest(rows)
+        )
         for split, rows in rows_by_split.items()
     }
     references = References(retain_logs, suite.finetuned_logs, suite.classifier)
@@ -154,6 +159,11 @@ def _cut(evidence: Evidence, split: str) -> int:
     return sum(a.cut for (s, _), a in evidence.answers.items() if s == split)
 
 
+def content_digest(rows: Sequence[Example]) -> str:
+    """Digest of every column of the rows, in order."""
+    return digest_json([dict(row) for row in rows])
+
+
 def check_retain_logs(
     logs: ModelLogs, metrics: Sequence[Metric], rows_by_split: Mapping[str, Sequence[Example]]
 ) -> None:
@@ -170,6 +180,7 @@ def check_retain_logs(
     ):
         logs.truth_ratios()
         logs.check_split([str(row["answer"]) for row in forget], data_digest(forget))
+        logs.check_content("forget", content_digest(forget))
     if not forget or not rows_by_split.get("holdout"):
         return
     if "privleak" in names:

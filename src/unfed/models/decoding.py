@@ -70,10 +70,14 @@ def _aligned(parts: Sequence[Tensor], spare: int) -> Tensor:
 
 def can_buffer(model: nn.Module) -> bool:
     """Whether every layer keeps all keys and values, and positions can be given: no sliding window, no recurrent
-    state, no positions that come of the mask."""
+    state, no positions that come of the mask, no rotary frequencies that come of the batch."""
     inner = causal_lm(model)
     if getattr(inner.config, "is_encoder_decoder", False):
         return False
+    scaling: Any = getattr(inner.config, "rope_parameters", None) or getattr(inner.config, "rope_scaling", None) or {}
+    kinds = [scaling, *(v for v in scaling.values() if isinstance(v, dict))]  # some models have one for each layer type
+    if any(k.get("rope_type", k.get("type")) in {"dynamic", "longrope"} for k in kinds):
+        return False  # frequencies that follow the longest row of the batch
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         return False
     layers = DynamicCache(config=inner.config).layers
