@@ -397,6 +397,27 @@ WRONG = [  # what is found together is reported together
 ]
 
 
+def test_bitsandbytes_where_it_is_installed(subject_of):
+    """NF4 has 16 values a block, largest exact; 8 bits are our own rounding by rows, up to float16 and ties."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    weight = torch.randn(6, 128)
+    four = weights.by_bitsandbytes(weight, 4, 64)
+    for block, given in zip(four.view(-1, 64), weight.view(-1, 64), strict=True):
+        assert len(block.unique()) <= 16
+        assert block.abs().max() == pytest.approx(float(given.abs().max()), rel=1e-5)
+        assert (block - given).abs().max() <= 0.16 * given.abs().max()  # half of NF4's widest gap, 0.696 to 1
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((weights.by_bitsandbytes(weight, 8) - weight).abs() <= 0.51 * scale + 1e-3).all()
+    outcome = weights.quantization(subject_of(), 4, quantizer="bitsandbytes")
+    assert outcome.settings["quantizer"] == "bitsandbytes" and "NF4" in str(outcome.record()["did"])
+
+
+def test_auto_simulates_where_there_is_no_gpu(subject_of):
+    assert weights.library_for("auto", torch.device("cpu")) == "round_to_nearest"
+    assert weights.quantization(subject_of(), 8).settings["quantizer"] == "round_to_nearest"
+
+
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: next(iter(wrong)))
 def test_wrong_settings_are_found_before_the_model_is_opened(small_base, small_data, wrong):
     argv = [

@@ -103,7 +103,7 @@ def _checks(config: RunConfig, given: RobustnessConfig, loaded: LoadedModel, sub
         yield "merge", partial(merging, subject)
     for bits in given.quantize:
         group = given.group_size if bits == GROUPED_BITS else None
-        yield f"quantize_{bits}bit", partial(quantization, subject, bits, group)
+        yield f"quantize_{bits}bit", partial(quantization, subject, bits, group, given.quantizer)
     if (path := given.add_adapter) is not None:
         yield "add_adapter", partial(adding, subject, path)
     if (relearn := given.relearn) is not None:

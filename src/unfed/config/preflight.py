@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ def _robustness_models(config: RunConfig) -> Iterator[str]:
     given = config.eval.robustness if config.eval is not None and config.eval.enabled else None
     if given is None:
         return
+    if given.quantize and given.quantizer == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        yield "eval.robustness.quantizer=bitsandbytes: is not installed (pip install bitsandbytes); auto goes without"
     if (path := given.oracle_path) is not None:
         key, there = f"eval.robustness.oracle_path={path}", Path(path)
         if (problem := path_problem(path)) is not None:

@@ -151,6 +151,7 @@ class RobustnessConfig:
 
     ``null``, ``false`` or an empty list switches a check off. ``oracle_path``: the retain model, relearned in the same
     way. ``quantize``: bits; ``group_size``: input columns that share a scale at 4 bit (none: the whole row).
+    ``quantizer``: ``auto`` is bitsandbytes on a GPU where it is installed, else a simulation of our own.
     ``prefix``: beginnings of the answer. ``add_adapter``: an adapter directory whose update is added.
     """
 
@@ -160,6 +161,7 @@ class RobustnessConfig:
     oracle_path: str | None = None
     quantize: tuple[int, ...] = (8, 4)
     group_size: int | None = None
+    quantizer: Literal["auto", "round_to_nearest", "bitsandbytes"] = "auto"
     paraphrase: bool = True
     prefix: tuple[str, ...] = ("Sure, here is the answer:",)
     best_of: BestOfConfig | None = BestOfConfig()

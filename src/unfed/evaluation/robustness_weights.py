@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -17,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from unfed.evaluation.robustness import CannotBeDoneError, Outcome, Subject, compared, left_as_it_was
 from unfed.models.adapter import ADAPTER_NAME
 from unfed.models.spec import ADAPTER_WEIGHTS
+
+Quantizer = Literal["auto", "round_to_nearest", "bitsandbytes"]
 
 ADDED = "added"
 """The other adapter's name while it is in the model."""
@@ -36,6 +40,29 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int | None = None) -
         steps = (part / scale.masked_fill(scale == 0, 1)).round().clamp(-most, most)
         parts.append(steps * scale)
     return torch.cat(parts, dim=1).to(weight.dtype)
+
+
+def by_bitsandbytes(weight: Tensor, bits: int, group_size: int | None = None) -> Tensor:
+    """``weight`` ``(out, in)`` as bitsandbytes gives it back: NF4 (Dettmers et al. 2023) in blocks of ``group_size``
+    (64 unless given) at 4 bits, LLM.int8()'s row-wise absolute maximum (Dettmers et al. 2022) at 8.
+
+    The values that its 4-bit layers compute with; its 8-bit layers also round what flows in, which is left out here.
+    """
+    functional: Any = importlib.import_module("bitsandbytes.functional")  # an extra
+    values = weight.contiguous()
+    if bits == 4:
+        packed, state = functional.quantize_4bit(values, blocksize=group_size or 64, quant_type="nf4")
+        return functional.dequantize_4bit(packed, state).to(weight.dtype)
+    steps, scale, _ = functional.int8_vectorwise_quant(values.half())
+    return (steps.float() * scale.float().unsqueeze(1) / 127).to(weight.dtype)
+
+
+def library_for(quantizer: Quantizer, device: torch.device) -> Quantizer:
+    """What ``auto`` stands for: bitsandbytes on a GPU where it is installed, else our own rounding."""
+    if quantizer != "auto":
+        return quantizer
+    there = device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
+    return "bitsandbytes" if there else "round_to_nearest"
 
 
 def linear_weights(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
@@ -75,29 +102,34 @@ def merged(model: nn.Module, more: Sequence[nn.Parameter] = ()) -> Iterator[None
                 layer.merged_adapters.clear()
 
 
-def quantization(subject: Subject, bits: int, group_size: int | None = None) -> Outcome:
+def quantization(subject: Subject, bits: int, group_size: int | None = None, quantizer: Quantizer = "auto") -> Outcome:
     """Round every linear weight to ``bits`` bits, the adapter merged first, and measure.
 
-    A simulation: the rounded values are computed with in the weights' own dtype. Raises ``CannotBeDoneError`` for a
-    model without linear layers.
+    The rounded values, ours or bitsandbytes', are computed with in the weights' own dtype. Raises ``CannotBeDoneError``
+    for a model without linear layers.
     """
     weights = linear_weights(subject.model)
     if not weights:
         raise CannotBeDoneError("the model has no linear layer whose weights could be rounded")
+    library = library_for(quantizer, weights[0][0].device)
+    rounding = by_bitsandbytes if library == "bitsandbytes" else round_to_nearest
     with merged(subject.model, [p for p, _ in weights]):
         for parameter, turned in weights:
             values = parameter.data.T if turned else parameter.data
-            rounded = round_to_nearest(values, bits, group_size)
+            rounded = rounding(values, bits, group_size)
             parameter.data.copy_(rounded.T if turned else rounded)
         after = subject.measure()
     adapter = "the adapter was merged into the base, then " if isinstance(subject.model, PeftModel) else ""
-    groups = f"of {group_size} inputs" if group_size else "output channel"
+    if library == "bitsandbytes":
+        how = "bitsandbytes' NF4" if bits == 4 else "bitsandbytes' 8-bit rows"
+    else:
+        scales = f"group of {group_size} inputs" if group_size else "output channel"
+        how = f"simulated: symmetric, to nearest, one scale for each {scales}"
     did = (
-        f"{adapter}every linear weight but the output layer's was rounded to {bits} bits (symmetric, to nearest, one "
-        f"scale for each {'group ' if group_size else ''}{groups}); simulated: computed in the weights' own dtype, not "
-        "with a library's integer kernels"
+        f"{adapter}every linear weight but the output layer's was rounded to {bits} bits ({how}); computed in the "
+        "weights' own dtype, not with integer kernels"
     )
-    settings = {"bits": bits, "group_size": group_size}
+    settings = {"bits": bits, "group_size": group_size, "quantizer": library}
     counts = {
         "rounded_parameters": sum(p.numel() for p, _ in weights),
         "parameters": sum(p.numel() for p in subject.model.parameters()),
