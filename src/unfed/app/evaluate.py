@@ -49,12 +49,13 @@ def suite_of(config: EvalConfig, data_dir: str | None = None) -> SuiteConfig:
     """The evaluation floor's own description of what to do; rows that are shown as examples are read."""
     g = config.generation
     splits = evaluation_splits(config)
+    asked = needed_columns(SUITES[config.suite], config.metrics)
     logs = config.finetuned_logs_path
     return SuiteConfig(
         metrics=config.metrics,
         suite=SUITES[config.suite],
         datasets={s: e.data.full_name for s, e in splits.items()},
-        layouts={s: _with_shots(e, data_dir) for s, e in splits.items()},
+        layouts={s: _with_shots(e, data_dir) for s, e in splits.items() if s in asked},
         budget=Budget(config.max_tokens, config.batch_size),
         decoding=Decoding(
             max_new_tokens=g.max_new_tokens, do_sample=g.do_sample, temperature=g.temperature, top_p=g.top_p

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from unfed.base.errors import DataError, UnfedError
+from unfed.base.errors import ConfigError, DataError, UnfedError
+from unfed.base.types import Example
 from unfed.config.checks import datasets
-from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+from unfed.config.schema import FEDERATED_TRAINERS, EvalConfig, RunConfig
 from unfed.data.benchmarks import splits_of
 from unfed.models.source import path_problem, resolve_source
 from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -94,12 +95,29 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
                 if split.data.path != FICTIONAL and local_file(split.data, data_dir) is None:
                     continue
             here[name] = split
-        read_rows(SUITES[given.suite], given.metrics, here, data_dir)
+        rows = read_rows(SUITES[given.suite], given.metrics, here, data_dir)
+        _look_at_logs(given, rows)
         if config.trainer is not None and config.trainer.args.get("eval_strategy") in ("round", "phase"):
             read_rows(SUITES[given.suite], given.round_metrics, here, data_dir)
+    except ConfigError as e:
+        return list(e.problems)
     except UnfedError as e:
         return [str(e)]
     return []
+
+
+def _look_at_logs(given: EvalConfig, rows: Mapping[str, Sequence[Example]]) -> None:
+    """The logs of other models, against the rows that are here. Raises ``ArtifactError``."""
+    if given.retain_logs_path is None and given.finetuned_logs_path is None:
+        return
+    from unfed.evaluation.logs import load_model_logs
+    from unfed.evaluation.runner import check_logs
+    from unfed.evaluation.suites import SUITES, SuiteConfig
+
+    before = given.finetuned_logs_path
+    finetuned = load_model_logs(before, "eval.finetuned_logs_path") if before else None
+    suite = SuiteConfig(metrics=given.metrics, suite=SUITES[given.suite], finetuned_logs=finetuned)
+    check_logs(suite, rows, load_model_logs(given.retain_logs_path) if given.retain_logs_path else None)
 
 
 def _other_files(config: RunConfig) -> Iterator[str]:

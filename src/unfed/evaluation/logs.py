@@ -27,6 +27,10 @@ class ModelLogs:
     metrics: Mapping[str, Any]
     key: str = "retain_logs_path"
 
+    @property
+    def _whose(self) -> str:
+        return "retain" if self.key == "retain_logs_path" else "fine-tuned model's"
+
     def _entry(self, metric: str, key: str) -> Any:
         entry = self.metrics.get(metric)
         if not isinstance(entry, Mapping) or entry.get(key) is None:
@@ -85,7 +89,7 @@ class ModelLogs:
         known = _digest(self.metrics, split)
         if known is not None and known != digest:
             raise ArtifactError(
-                f"{self.name} ({self.key}): the retain log is of another {split} split"
+                f"{self.name} ({self.key}): the {self._whose} log is of another {split} split"
                 f"{_named(self.metrics, split)}: its rows are {known}, this run's are {digest}"
             )
 
@@ -127,6 +131,9 @@ def load_model_logs(path: Path | str, key: str = "retain_logs_path") -> ModelLog
 
     Raises ``ArtifactError`` when the file is missing, is no JSON, or holds no metrics at all.
     """
+    if Path(path).is_dir():
+        there = sorted(f.name for f in Path(path).glob("*_EVAL.json"))
+        raise ArtifactError(f"{key}={path}: is a directory; name the file{f' in it: {there[0]}' if there else ''}")
     found = read_json(path)
     nested = found.get("metrics") if isinstance(found, Mapping) else None
     metrics = nested if isinstance(nested, Mapping) else found
