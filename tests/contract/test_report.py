@@ -106,6 +106,24 @@ def test_what_is_found_but_cannot_stand_beside_is_left_out_and_said(tmp_path: Pa
         assert any(n.startswith(f"{role}: ") and "is left out" in n and "rows-2" in n for n in found.notes)
 
 
+def test_privleak_without_an_oracle_is_remarked(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    place = by_hand.write_run(tmp_path / "u", "unlearn", by_hand.scores(0.3, privleak=9.75))
+    entries = json.loads((place / "TOFU_EVAL.json").read_text())
+    entries["privleak"]["why"] = "no log"
+    (place / "TOFU_EVAL.json").write_text(json.dumps(entries))
+    found = make_report([Given(place)], "x")
+    assert "u: privleak is no comparison with an oracle: no log." in found.notes
+    assert found.title == "u: what was forgotten (forget10)"
+
+
+def test_two_evaluations_of_one_model_by_other_rows_are_refused(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    place = by_hand.write_run(tmp_path / "u", "unlearn", by_hand.scores(0.3))
+    digests = {"base": "base-1", "adapter": "adapter-of-u"}
+    again = by_hand.write_run(tmp_path / "e", "eval", by_hand.scores(0.4), digests=digests, forget="rows-2")
+    with pytest.raises(UnfedError, match="their forget splits have other rows"):
+        make_report([Given(place), Given(again)], "x")
+
+
 def test_compare_says_where_evaluations_lie(tmp_path: Path, by_hand: SimpleNamespace) -> None:
     unlearned = _apart(tmp_path, by_hand)
     _, notes = compare([unlearned, tmp_path / "o"])

@@ -104,6 +104,18 @@ def test_a_second_run_asks_nothing_and_says_the_same(opened, tmp_path, monkeypat
     assert {p.stat().st_mode & 0o077 for p in tmp_path.rglob("*") if p.is_dir()} == {0}
 
 
+def test_what_was_read_and_made_is_counted(opened, tmp_path):
+    """Statistics of the answers of two splits, and the texts of one: three entries."""
+    model, tokenizer = opened
+    digest = model_digest(model, tokenizer)
+    for expected in ({"made": 3}, {"read": 3}):
+        cache = EvidenceCache(tmp_path, digest.model, digest.base)
+        metrics = ("mia_loss", "forget_Q_A_ROUGE")
+        asked = SuiteConfig(metrics=metrics, decoding=Decoding(max_new_tokens=4), cache=cache)
+        evaluate(model, tokenizer, Template(), asked, ROWS)
+        assert dict(cache.tally) == expected
+
+
 def test_nothing_is_read_of_another_model_or_other_data(opened, tmp_path, monkeypatch):
     seen = Counter(monkeypatch)
     model, tokenizer = opened

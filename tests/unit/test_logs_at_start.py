@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from unfed.app.evaluate import say_remarks
 from unfed.base.errors import ArtifactError, ConfigError
 from unfed.config.compat import resolve
 from unfed.data.datasets import data_digest, load_rows
 from unfed.data.spec import DatasetSpec
 from unfed.evaluation.logs import load_model_logs
+from unfed.evaluation.runner import EvalResult
+from unfed.metrics.stats import Score
 
 ARGV = ["eval=tofu", "dataset=fictional", "forget_split=forget25", "task_name=t", "model=tiny-lora",
         "model.model_args.pretrained_model_name_or_path=nobody/nothing"]  # fmt: skip
@@ -66,6 +69,17 @@ def test_a_retain_log_of_other_rows_or_of_a_model_that_saw_them_is_refused_at_on
     assert "the retain log is of another forget split (forget25_perturbed)" in cut
     (saw,) = problems(f"retain_logs_path={log(tmp_path, seen=42)}", f"eval.metrics=[{metric}]")
     assert "trained on 42 of the forget rows" in saw
+
+
+def test_privleak_without_an_oracle_is_said(capsys: pytest.CaptureFixture[str]):
+    alone = {"privleak": Score(9.75, why="the reference AUC is taken to be 0.5"), "priv": Score(None, why="no log")}
+    say_remarks(EvalResult(alone, {}), ("privleak", "priv"))
+    assert capsys.readouterr().err.splitlines() == [
+        "no value for priv: no log",
+        "privleak is no comparison with an oracle: the reference AUC is taken to be 0.5",
+    ]
+    say_remarks(EvalResult(alone | {"privleak": Score(9.75)}, {}), ("privleak",))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_fine_tuned_models_log_of_other_rows_is_refused(tmp_path: Path):

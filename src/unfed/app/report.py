@@ -48,7 +48,9 @@ def _no_run_twice(places: Sequence[Path]) -> None:
 
 def _title(found: Sequence[Model], splits: Mapping[str, object]) -> str:
     forgot = ", ".join(m.name for m in found if m.role == "unlearned")
-    name = mapping(splits.get("forget")).get("name")
+    suite = next((m.suite for m in found if m.suite), None)
+    name = str(mapping(splits.get("forget")).get("name", "")).removesuffix("_perturbed")
+    name = suite if suite != "TOFU" else name
     return (f"{forgot}: what was forgotten" if forgot else "Runs compared") + (f" ({name})" if name else "")
 
 

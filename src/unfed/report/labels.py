@@ -98,8 +98,8 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "privleak": (
         "privleak (%)",
         (
-            "How far a membership attack is from its success on the oracle. 0 is the aim: below it the forget rows "
-            "still look trained on, above it they stand out as removed."
+            "How far a membership attack is from its success on the oracle (without one: from guessing). 0 is the aim: "
+            "below it the forget rows still look trained on, above it they stand out as removed."
         ),
     ),
     "mem": (

@@ -92,7 +92,7 @@ def _utility(report: Report, model: Model) -> str:
         return ""
     told = {
         "model_utility": "Model utility",
-        "forget_fluency": "How much its answers to forgotten questions read like language (fluency)",
+        "forget_fluency": "Fluency of what it answers there",
     }
     both = before.summary.keys() & model.summary.keys()
     return " ".join(

@@ -80,6 +80,7 @@ def _pair(runs: Sequence[tuple[Given, Run]]) -> list[Item]:
         if training is None or k is None:
             items.append(Item(training or _trained_elsewhere(run), run, given.name, given.role))
         else:
+            check_comparable([*items[k].runs[:1], run])
             items[k] = replace(
                 items[k], evaluated=run, name=given.name or items[k].name, role=given.role or items[k].role
             )
@@ -277,6 +278,9 @@ def _remarks(item: Item, name: str) -> list[str]:
     found = []
     if item.evaluated is None:
         found.append(f"{name}: {item.runs[0].place} has no evaluation, so only its cost is shown.")
+    leak = mapping((item.evaluated.entries if item.evaluated else {}).get("privleak"))
+    if leak.get("agg_value") is not None and leak.get("why"):
+        found.append(f"{name}: privleak is no comparison with an oracle: {leak['why']}.")
     for run in {r.place: r for r in item.runs}.values():
         status = run.record.get("status")
         if status not in (None, "finished"):
