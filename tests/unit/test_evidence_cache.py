@@ -164,6 +164,18 @@ def test_digests_tell_models_apart(opened):
     assert model_digest(half, tokenizer).base is None
 
 
+def test_the_digest_does_not_follow_the_order_of_a_set(opened):
+    """Which is another in every process. Eight falls into zero's place, so these two sets are in different orders."""
+    model, tokenizer = opened
+    found = []
+    for order in ([0, 8], [8, 0]):
+        model.peft_config["default"].target_modules = set(order)
+        found.append((str(set(order)), model_digest(model, tokenizer)))
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+    model.peft_config["default"].target_modules = {0, 1}
+    assert model_digest(model, tokenizer) != found[0][1]
+
+
 def test_fluency_by_hand(opened, tmp_path):
     """exp of the mean log-probability, under the base, of what the adapter says after the prompt."""
     model, tokenizer = opened

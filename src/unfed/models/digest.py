@@ -56,7 +56,14 @@ def _settings(model: nn.Module) -> str:
 
 
 def _plain(settings: dict[str, Any]) -> str:
-    return str(sorted((k, str(v)) for k, v in settings.items() if k not in _UNIMPORTANT))
+    return str(sorted((k, _ordered(v)) for k, v in settings.items() if k not in _UNIMPORTANT))
+
+
+def _ordered(value: Any) -> str:
+    """``value`` as text. A set's own order changes from one process to the next (PEFT has target_modules in one)."""
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(str, value)))}}}"
+    return str(value)
 
 
 def _tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

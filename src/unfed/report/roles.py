@@ -279,7 +279,7 @@ def _remarks(item: Item, name: str) -> list[str]:
     if item.evaluated is None:
         found.append(f"{name}: {item.runs[0].place} has no evaluation, so only its cost is shown.")
     leak = mapping((item.evaluated.entries if item.evaluated else {}).get("privleak"))
-    if leak.get("agg_value") is not None and leak.get("why"):
+    if item.role != "oracle" and leak.get("agg_value") is not None and leak.get("why"):
         found.append(f"{name}: privleak is no comparison with an oracle: {leak['why']}.")
     for run in {r.place: r for r in item.runs}.values():
         status = run.record.get("status")
