@@ -6,14 +6,17 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unfed.base.errors import ConfigError, DataError, UnfedError
-from unfed.base.types import Example
 from unfed.config.checks import datasets
 from unfed.config.schema import FEDERATED_TRAINERS, EvalConfig, RunConfig
 from unfed.data.benchmarks import splits_of
 from unfed.models.source import path_problem, resolve_source
 from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+if TYPE_CHECKING:  # imports torch
+    from unfed.base.types import Example
 
 
 def preflight(config: RunConfig) -> list[str]:
