@@ -124,6 +124,13 @@ def test_two_evaluations_of_one_model_by_other_rows_are_refused(tmp_path: Path, 
         make_report([Given(place), Given(again)], "x")
 
 
+def test_those_that_cannot_be_compared_are_named_as_they_were_given(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    unlearned = _apart(tmp_path, by_hand)
+    other = by_hand.write_run(tmp_path / "v", "unlearn", by_hand.scores(0.3), forget="rows-2")
+    with pytest.raises(UnfedError, match=f"^{unlearned} and {other} cannot be compared"):
+        make_report([Given(unlearned), Given(other)], "x")
+
+
 def test_compare_says_where_evaluations_lie(tmp_path: Path, by_hand: SimpleNamespace) -> None:
     unlearned = _apart(tmp_path, by_hand)
     _, notes = compare([unlearned, tmp_path / "o"])

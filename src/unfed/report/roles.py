@@ -53,6 +53,7 @@ def models(given: Sequence[Given]) -> tuple[list[Model], list[str]]:
     """
     notes: list[str] = []
     items = _pair([(g, read_run(g.place)) for g in given])
+    check_comparable([i.evaluated for i in items if i.evaluated])  # before others are found, so that these are named
     items = _with_named_logs(items, notes)
     items = [replace(i, role=i.role or _role(i, items)) for i in items]
     items = _one_of_each(items, {g.place.resolve(): g.role for g in given if g.role})
