@@ -230,12 +230,13 @@ def measure_tofu(given: argparse.Namespace) -> dict[str, Any]:
 
 def measure_suite(given: argparse.Namespace) -> dict[str, Any]:
     """Unfed and the straightforward implementation, both ways."""
-    found = {side: in_process_of_its_own(given, side, given.metrics) for side in SIDES}
-    ours = found["unfed"]
-    for side, own in found.items():
-        show(side, own)
+    found: dict[str, dict[str, Any]] = {}
+    for side in SIDES:
+        found[side] = in_process_of_its_own(given, side, given.metrics)
+        show(side, found[side])
         if side != "unfed":
-            print(f"  {own['seconds'] / ours['seconds']:.2f} times as long as Unfed")
+            print(f"  {found[side]['seconds'] / found['unfed']['seconds']:.2f} times as long as Unfed", flush=True)
+    ours = found["unfed"]
     others = [side for side in SIDES if side != "unfed"]
     return {
         **{k: without_contents(v) for k, v in found.items()},

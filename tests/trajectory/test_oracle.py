@@ -161,3 +161,63 @@ def test_a_log_of_a_model_that_saw_the_rows_is_no_oracle(world, tmp_path):
     logs.write_text(json.dumps(found))
     with pytest.raises(ArtifactError, match=r"retain_logs_path.*another base model"):
         run(replace(given, overwrite=True))
+
+
+def test_nothing_is_taken_over_from_another_model_data_or_prompt(world, tmp_path):
+    """An evaluation is read again only for the same adapter, rows and template."""
+    root, tuned, _, unlearn = world
+    given = unlearn(tmp_path / "u")
+    first = oracles._evaluated(given, tuned, tmp_path, None, run)
+
+    def never(config):
+        raise AssertionError(f"{config.mode} ran again")
+
+    assert oracles._evaluated(given, tuned, tmp_path, None, never) == first
+    asked = replace(given.model, template_args=replace(given.model.template_args, system_prompt="Lie."))
+    with pytest.raises(AssertionError, match="eval ran again"):
+        oracles._evaluated(replace(given, model=asked), tuned, tmp_path, None, never)
+    retrained = tmp_path / "again" / "tuned"  # the same name, another adapter
+    shutil.copytree(tuned, retrained)
+    record = read_json(retrained / "run.json")
+    (retrained / "run.json").write_text(json.dumps(record | {"adapter": "sha256:other"}))
+    with pytest.raises(AssertionError, match="eval ran again"):
+        oracles._evaluated(given, retrained, tmp_path, None, never)
+    data = tmp_path / "data"
+    shutil.copytree(root / "data", data)
+    file = data / "tofu" / "forget25_perturbed.json"
+    file.write_text(file.read_text().replace('"perturbed_answer": ["person', '"perturbed_answer": ["somebody'))
+    moved = replace(given, paths=replace(given.paths, data_dir=str(data)))
+    with pytest.raises(AssertionError, match="eval ran again"):
+        oracles._evaluated(moved, tuned, tmp_path, None, never)
+
+
+def test_a_fine_tuning_that_cannot_be_repeated_is_refused(world, tmp_path):
+    _, tuned, _, unlearn = world
+    on_top = tmp_path / "on_top"
+    shutil.copytree(tuned, on_top)  # as if it had gone on from ``tuned``, which knows the forget rows
+    record = read_json(on_top / "run.json")
+    record["config"]["model"]["model_args"]["pretrained_model_name_or_path"] = str(tuned)
+    (on_top / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UnfedError, match="went on from a model that was trained on 6 of the forget rows"):
+        oracles.oracle_config(unlearn(tmp_path / "a", model_args={"pretrained_model_name_or_path": str(on_top)}))
+    changed = tmp_path / "changed"
+    shutil.copytree(tuned, changed)
+    rows = read_json(changed / "train_rows.json")
+    (changed / "train_rows.json").write_text(json.dumps([*rows[1:], "another", "and another"]))
+    with pytest.raises(UnfedError, match=r"data\.train \(full\) is no longer what .*: 1 rows are new and 2 are gone"):
+        oracles.oracle_config(unlearn(tmp_path / "b", model_args={"pretrained_model_name_or_path": str(changed)}))
+
+
+def test_a_mistake_of_the_run_itself_is_found_before_the_oracle_is_trained(world, tmp_path):
+    root, _, _, unlearn = world
+    there = sorted((root / "saves" / "oracle").iterdir()) if (root / "saves").exists() else []
+    with pytest.raises(UnfedError, match="num_clients=5"):
+        run(unlearn(tmp_path / "a", method_args={"num_clients": 5}))
+    cut = tmp_path / "b"
+    (cut / "checkpoints" / "round_00001").mkdir(parents=True)
+    (cut / "run.json").write_text('{"status": "failed"}')
+    given = unlearn(cut)
+    given = replace(given, data=replace(given.data, forget=DatasetConfig("locuslab/TOFU", "forget25", limit=1)))
+    with pytest.raises(UnfedError, match="holds a run that was cut short"):
+        run(given)
+    assert (sorted((root / "saves" / "oracle").iterdir()) if (root / "saves").exists() else []) == there

@@ -96,6 +96,16 @@ WRONG = {
     "an index or all": ({"trainer.method_args.target_client_idx": "first"}, "target_client_idx=first", "'all'"),
     "a training argument": ({"trainer.args.lerning_rate": 1e-4}, "trainer.args.lerning_rate", "'learning_rate'"),
     "an old name": ({"trainer.args.evaluation_strategy": "no"}, "trainer.args.evaluation_strategy", "eval_strategy"),
+    "a metric between rounds that needs a log": (
+        {"trainer.args.eval_strategy": "round", "eval.round_metrics": ["forget_quality"]},
+        "eval.round_metrics: forget_quality",
+        "do not read",
+    ),
+    "no metric between rounds": (
+        {"trainer.args.eval_strategy": "phase", "eval.round_metrics": []},
+        "eval.round_metrics",
+        "eval_strategy=no",
+    ),
     "a training value": ({"trainer.args.num_train_epochs": "abc"}, "trainer.args.num_train_epochs", "'abc'"),
     "an optimizer": ({"trainer.args.optim": "adamw_torchh"}, "trainer.args.optim=adamw_torchh", "'adamw_torch'"),
     "a method": ({"method.name": "NPOO"}, "method.name=NPOO", "'NPO'"),

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from unfed.data.chat import encode_rows
 from unfed.data.spec import Template
-from unfed.evaluation import collect, gradients
+from unfed.evaluation import cache, collect, gradients
 from unfed.evaluation.cache import EvidenceCache
 from unfed.evaluation.runner import evaluate
 from unfed.evaluation.suites import SuiteConfig
@@ -79,10 +79,8 @@ class Counter:
 def run(opened: Any, place: Path, *metrics: str, **changes: Any) -> Any:
     model, tokenizer = opened
     digest = model_digest(model, tokenizer)
-    cache = EvidenceCache(place, digest.model, digest.base)
-    asked = replace(
-        SuiteConfig(metrics=metrics or METRICS, decoding=Decoding(max_new_tokens=4), cache=cache), **changes
-    )
+    kept = EvidenceCache(place, digest.model, digest.base)
+    asked = replace(SuiteConfig(metrics=metrics or METRICS, decoding=Decoding(max_new_tokens=4), cache=kept), **changes)
     return evaluate(model, tokenizer, Template(), asked, ROWS).to_eval_json()
 
 
@@ -174,6 +172,39 @@ def test_the_digest_does_not_follow_the_order_of_a_set(opened):
     assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
     model.peft_config["default"].target_modules = {0, 1}
     assert model_digest(model, tokenizer) != found[0][1]
+
+
+def test_a_tokenizer_that_reads_tokens_otherwise_is_another_one(opened):
+    model, tokenizer = opened
+    one = model_digest(model, tokenizer)
+    tokenizer.clean_up_tokenization_spaces = not tokenizer.clean_up_tokenization_spaces
+    two = model_digest(model, tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["town"]})  # left out of decoded text from now on
+    assert len({one.model, two.model, model_digest(model, tokenizer).model}) == 3
+
+
+def test_biases_that_train_with_an_adapter_are_part_of_the_base(opened):
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_attention_heads=2, attention_bias=True, **sizes))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    one = model_digest(model, opened[1])
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("bias")).add_(1)
+    assert model_digest(model, opened[1]).base != one.base  # PEFT does not take them back in disable_adapter
+
+
+def test_libraries_are_part_of_the_key(opened, tmp_path, monkeypatch):
+    seen = Counter(monkeypatch)
+    run(opened, tmp_path, "forget_Q_A_Prob")
+    monkeypatch.setattr(cache, "LIBRARIES", ("2.0", "5.0", "0.1"))
+    run(opened, tmp_path, "forget_Q_A_Prob")
+    assert seen.taken()[0] == 8
+
+
+def test_an_evaluation_outlives_its_cache(opened, tmp_path, caplog):
+    (tmp_path / "file").write_text("where a directory should be")
+    assert run(opened, tmp_path / "file") == run(opened, tmp_path / "good")
+    assert "goes on without its cache (eval.cache_dir)" in caplog.text and str(tmp_path / "file") in caplog.text
 
 
 def test_fluency_by_hand(opened, tmp_path):

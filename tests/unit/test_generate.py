@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unfed.base.errors import ArtifactError, ConfigError, DataError
-from unfed.data.chat import Template, encode_prompts
+from unfed.data.chat import Template, encode_prompts, encode_rows
 from unfed.evaluation.collect import Pass, collect
 from unfed.evaluation.logs import RUN_KEY, load_model_logs
 from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE, evaluate, write_results
@@ -231,3 +231,16 @@ def test_retain_logs_of_others_are_refused(
             load_model_logs(file)
     with pytest.raises(ArtifactError, match="cannot read"):
         load_model_logs(tmp_path / "nowhere.json")
+
+
+def test_of_an_answer_that_was_cut_the_text_is_what_was_scored(
+    model: Any, tokenizer: Any, forget: list[dict[str, Any]]
+) -> None:
+    """The zlib attack divides by the length of a text; OpenUnlearning takes that of the labelled tokens."""
+    lengths = [len(e) for e in encode_rows(tokenizer, TEMPLATE, forget)]
+    most = (min(lengths) + max(lengths)) // 2
+    given = Pass(model, tokenizer, TEMPLATE, max_length=most)
+    texts = collect(given, {"forget": forget}, [("forget", "answer")], []).answers["forget", "answer"].texts
+    for row, text, length in zip(forget, texts, lengths, strict=True):
+        assert row["answer"].startswith(text.strip())
+        assert (text == row["answer"]) == (length <= most)

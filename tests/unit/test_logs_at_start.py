@@ -34,7 +34,7 @@ def log(directory: Path, *, limit: int | None = None, seen: int = 0) -> Path:
     splits = {s: {"name": names[s], "rows": len(r), "digest": data_digest(r)} for s, r in rows.items()}
     entries = {
         "forget_truth_ratio": {"agg_value": 0.5, "value_by_index": ratios},
-        "mia_min_k": {"agg_value": 0.5},
+        **{name: {"agg_value": 0.5} for name in ("mia_min_k", "model_utility", "forget_fluency")},
         "_run": {"agg_value": None, "splits": splits, "forget_rows_seen": seen},
     }
     directory.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def test_a_directory_is_answered_with_the_file_in_it(tmp_path: Path):
 @pytest.mark.parametrize("metric", ["forget_quality", "privleak", "priv"])
 def test_a_retain_log_of_other_rows_or_of_a_model_that_saw_them_is_refused_at_once(tmp_path: Path, metric: str):
     (cut,) = problems(f"retain_logs_path={log(tmp_path, limit=5)}", f"eval.metrics=[{metric}]")
-    assert "the retain log is of another forget split (forget25_perturbed)" in cut
+    assert "(retain_logs_path): the log is of another forget split (forget25_perturbed)" in cut
     (saw,) = problems(f"retain_logs_path={log(tmp_path, seen=42)}", f"eval.metrics=[{metric}]")
     assert "trained on 42 of the forget rows" in saw
 
@@ -85,6 +85,6 @@ def test_privleak_without_an_oracle_is_said(capsys: pytest.CaptureFixture[str]):
 def test_a_fine_tuned_models_log_of_other_rows_is_refused(tmp_path: Path):
     key = f"eval.finetuned_logs_path={log(tmp_path, limit=5)}"
     (problem,) = problems(key, "eval.metrics=[utility]")
-    assert "(eval.finetuned_logs_path): the fine-tuned model's log is of another" in problem
+    assert "(eval.finetuned_logs_path): the log is of another" in problem
     # Nothing is compared with it here.
     assert resolve([*ARGV, key, "eval.metrics=[mem]"], "eval.yaml", files=True).eval is not None

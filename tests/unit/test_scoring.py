@@ -36,7 +36,7 @@ def answer(prompt, tokens, prompt_len=None):
 
 
 def answers():
-    """Four questions with 3, 1, 2 and 2 answers, mixed; one cut to its prompt, one without any prompt."""
+    """Four questions with 6, 1, 2 and 2 answers, mixed; one cut to its prompt, one without any prompt."""
     rng = np.random.default_rng(0)
 
     def draw(n):
@@ -44,7 +44,9 @@ def answers():
 
     a, b, c = draw(5), draw(3), draw(7)
     found = [answer(a, draw(4)), answer(b, draw(6)), answer(a, draw(1)), answer(c, draw(2)), answer(c, ())]
-    return [*found, answer(a, draw(9)), answer((9, *draw(3)), (), 0), answer((9, *draw(5)), (), 0)]
+    found += [answer(a, draw(9)), answer((9, *draw(3)), (), 0), answer((9, *draw(5)), (), 0)]
+    begun = found[5].input_ids[len(a) :]  # two that begin as it does, one after the other
+    return [*found, answer(a, (*begun[:6], *draw(2))), answer(a, begun[:5]), answer(a, (*begun[:3], *draw(4)))]
 
 
 def passing(model, **given):
@@ -65,10 +67,22 @@ def test_a_shared_row_by_hand():
     batch = collate_shared([[answer((7, 8), (3, 4, 5)), answer((7, 8), (6, 2))], [answer((9,), (1,))]], 0)
     assert batch.input_ids.tolist() == [[7, 8, 3, 4, 6], [9, 0, 0, 0, 0]]
     assert batch.position_ids.tolist()[0] == [0, 1, 2, 3, 2]
-    assert batch.parts.tolist()[0] == [0, 0, 1, 1, 2]
+    assert batch.ends.tolist() == [[5, 5, 4, 4, 5], [5, 0, 0, 0, 0]]
     assert batch.predictors.tolist() == [1, 2, 3, 1, 4, 5]
     assert batch.labels.tolist() == [3, 4, 5, 6, 2, 1]
     assert shared_width([answer((7, 8), (3, 4, 5)), answer((7, 8), (6, 2))]) == 5
+
+
+def test_answers_share_their_beginnings():
+    """3 4 5, 3 4 6 and 3 7 after the prompt 8: a tree with the nodes 3 and 4; last tokens predict nothing."""
+    group = [answer((8,), (3, 4, 5)), answer((8,), (3, 7)), answer((8,), (3, 4, 6)), answer((8,), (9, 3, 1))]
+    batch = collate_shared([group], 0)
+    assert batch.input_ids.tolist() == [[8, 3, 4, 9, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 1, 2]]
+    assert batch.ends.tolist() == [[5, 3, 3, 5, 5]]
+    assert batch.predictors.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 3, 4]
+    assert batch.labels.tolist() == [3, 4, 5, 3, 7, 3, 4, 6, 9, 3, 1]
+    assert shared_width(group) == 5
 
 
 def test_a_batch_of_answers_that_were_cut_away_scores_nothing():

@@ -12,16 +12,18 @@ from torch import nn
 
 from unfed.app.progress import console, say, show_scores
 from unfed.app.rundir import seen_rows
-from unfed.base.errors import ConfigError
+from unfed.base.errors import ConfigError, DataError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, RunConfig
 from unfed.data.benchmarks import EvaluationSplit, Layout, splits_of
-from unfed.data.datasets import data_digest, load_rows
+from unfed.data.datasets import data_digest, load_rows, place_of
 from unfed.evaluation import general
 from unfed.evaluation.cache import EvidenceCache
+from unfed.evaluation.collect import encode_column
 from unfed.evaluation.logs import load_model_logs
 from unfed.evaluation.rows import needed_columns, read_rows
 from unfed.evaluation.runner import EvalResult, evaluate, write_results
+from unfed.evaluation.scoring import Pass
 from unfed.evaluation.suites import SUITES, SuiteConfig
 from unfed.models.adapter import snapshot
 from unfed.models.digest import model_digest
@@ -121,6 +123,7 @@ def evaluate_model(
     if logs is not None and isinstance(loaded.model, PeftModel):
         logs.check_base(loaded.fingerprint)
     rows = evaluation_rows(given, config.paths.data_dir) if rows is None else rows
+    check_tokens(config, loaded, rows)
     with console.status("evaluating") as status:
 
         def progress(what: str, done: int, total: int) -> None:
@@ -156,6 +159,31 @@ def say_remarks(result: EvalResult, wanted: Sequence[str]) -> None:
     leak = result.scores.get("privleak")
     if leak is not None and leak.value is not None and leak.why is not None and "privleak" in wanted:
         say(f"privleak is no comparison with an oracle: {leak.why}")
+
+
+def check_tokens(config: RunConfig, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]] | None = None) -> None:
+    """Tokenise what the evaluation will score, before anything is trained or scored; the tokens are kept.
+
+    Raises ``DataError`` naming the file and the column of which template and ``eval.max_length`` leave no token.
+    """
+    given, data_dir = config.eval, config.paths.data_dir
+    if given is None or not given.enabled or given.suite == "lm_eval":
+        return
+    splits, suite = evaluation_splits(given), suite_of(given, data_dir)
+    if rows is None:
+        rows = read_rows(suite.suite, given.metrics, splits, data_dir)
+    how = Pass(
+        loaded.model, loaded.tokenizer, config.model.template_args, max_length=given.max_length, layouts=suite.layouts
+    )
+    columns = dict.fromkeys(c for m in suite.suite.select(given.metrics) for c in m.rule.columns)
+    for split, column in columns:
+        if split not in rows:
+            continue
+        try:
+            encode_column(how, rows[split], split, column)
+        except DataError as e:
+            where = place_of(splits[split].data, data_dir)
+            raise DataError(f"{where}, column {column!r}: {e} (eval.max_length, model.template_args)") from e
 
 
 def digests_of(loaded: LoadedModel) -> dict[str, str]:

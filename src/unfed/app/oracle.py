@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unfed.app.evaluate import evaluation_rows
 from unfed.app.probe import ORIGIN_FILE
 from unfed.app.progress import say
-from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, training_identity
+from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, seen_rows, training_identity
 from unfed.base.artifacts import digest_file, digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
 from unfed.config.preflight import preflight
@@ -68,12 +69,7 @@ def oracle_config(config: RunConfig) -> RunConfig:
     made = _configuration(source)
     assert made.data.train is not None
     rows = {row["id"] for row in load_rows(config.data.forget, config.paths.data_dir)}
-    known = {row["id"] for row in load_rows(made.data.train, made.paths.data_dir)}
-    if not rows & known:
-        raise UnfedError(
-            f"oracle: none of the {len(rows)} rows of data.forget ({config.data.forget.name}) was among the rows that "
-            f"{source} was fine-tuned on ({made.data.train.name}): there is nothing to leave out"
-        )
+    _check_rows(config, made, source, rows)
     manifest = source / PARTITION_FILE
     oracle = replace(
         made,
@@ -93,6 +89,32 @@ def oracle_config(config: RunConfig) -> RunConfig:
     if problems:
         raise ConfigError([f"oracle (as {source / RUN_FILE} has it): {p}" for p in problems])
     return oracle
+
+
+def _check_rows(config: RunConfig, made: RunConfig, source: Path, forget: set[str]) -> None:
+    """Refuse a fine-tuning that leaving out the ``forget`` rows would not turn into the model that never saw them."""
+    assert made.data.train is not None
+    assert config.data.forget is not None
+    known = {row["id"] for row in load_rows(made.data.train, made.paths.data_dir)}
+    if not forget & known:
+        raise UnfedError(
+            f"oracle: none of the {len(forget)} rows of data.forget ({config.data.forget.name}) was among the rows "
+            f"that {source} was fine-tuned on ({made.data.train.name}): there is nothing to leave out"
+        )
+    args = made.model.model_args
+    before = set().union(*(seen_rows(p) for p in (args.lora_model_path, args.pretrained_model_name_or_path)))
+    if forget & before:
+        raise UnfedError(
+            f"oracle: {source} went on from a model that was trained on {len(forget & before)} of the forget rows, so "
+            "it would never be without them: train and evaluate the oracle yourself, and give its result file as "
+            "retain_logs_path"
+        )
+    trained = seen_rows(str(source))
+    if trained and known | before != trained:
+        raise UnfedError(
+            f"oracle: data.train ({made.data.train.name}) is no longer what {source} was fine-tuned on: "
+            f"{len((known | before) - trained)} rows are new and {len(trained - known - before)} are gone"
+        )
 
 
 def finetuned_run(config: RunConfig) -> Path:
@@ -137,7 +159,8 @@ def _evaluated(config: RunConfig, model: Path, below: Path, retain_logs: str | N
     """The result file of ``model`` under the suite of ``config``; evaluated where that was not done before."""
     assert config.eval is not None
     suite = replace(config.eval, retain_logs_path=retain_logs, finetuned_logs_path=None)
-    place = below / f"eval_{digest_json(_settings(suite)).rpartition(':')[2][:12]}"
+    name = digest_json([_settings(suite), _asked_of(config, suite), _record(model).get("adapter")])
+    place = below / f"eval_{name.rpartition(':')[2][:12]}"
     file = place / SUITES[suite.suite].eval_file
     if run_status(place) == "finished" and file.is_file():
         return file
@@ -166,3 +189,18 @@ def _settings(suite: EvalConfig) -> dict[str, Any]:
     """What decides the numbers: not where things are kept, nor how they are batched."""
     passing = {"cache_dir", "batch_size", "max_tokens", "round_metrics", "round_limit", "enabled"}
     return {k: v for k, v in plain(suite).items() if k not in passing}
+
+
+def _asked_of(config: RunConfig, suite: EvalConfig) -> dict[str, Any]:
+    """The rows of an evaluation, and how a model is opened and asked, whichever model it is."""
+    own = {"pretrained_model_name_or_path", "lora_model_path", "base_model_name_or_path", "use_lora", "lora_config"}
+    how = plain(config.model)
+    how["model_args"] = {k: v for k, v in how["model_args"].items() if k not in own}
+    # Whole rows: the ids cover the question and the right answer alone.
+    rows = {s: digest_json(found) for s, found in evaluation_rows(suite, config.paths.data_dir).items()}
+    return {"model": how, "rows": rows, "seed": config.seed if suite.generation.do_sample else None}
+
+
+def _record(place: Path) -> dict[str, Any]:
+    found = read_json(place / RUN_FILE)
+    return found if isinstance(found, dict) else {}

@@ -170,12 +170,8 @@ def _set_aside(path: Path, *, overwrite: bool) -> Path | None:
     status = run_status(path)
     if status is None:
         return None
+    refuse_unfinished(path, overwrite=overwrite)
     with run_lock(path):  # refuses while another process works there
-        if status != "finished" and not overwrite and Checkpoints(path, {}).exist():
-            raise UnfedError(
-                f"{path} holds a run that was cut short: resume=true goes on from its last round, overwrite=true sets "
-                "it aside and starts afresh"
-            )
         number = 1
         while (aside := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
@@ -185,6 +181,18 @@ def _set_aside(path: Path, *, overwrite: bool) -> Path | None:
             raise ArtifactError(f"cannot set {path} aside: {e.strerror or e}") from e
         (aside / LOCK_NAME).unlink(missing_ok=True)
     return aside
+
+
+def refuse_unfinished(path: Path, *, overwrite: bool) -> None:
+    """Raise ``UnfedError`` where a run with finished rounds lies that was cut short, unless it may be set aside."""
+    if run_status(path) in (None, "finished") or overwrite or not Checkpoints(path, {}).exist():
+        return
+    with run_lock(path):  # refuses while another process works there
+        pass
+    raise UnfedError(
+        f"{path} holds a run that was cut short: resume=true goes on from its last round, overwrite=true sets it aside "
+        "and starts afresh"
+    )
 
 
 def run_status(path: Path) -> str | None:

@@ -14,17 +14,26 @@ import torch
 
 from unfed.app import build
 from unfed.app.during import Listeners, RoundEvaluation
-from unfed.app.evaluate import evaluate_model, evaluation_rows
+from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
 from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_loss
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.robustness import check_robustness
-from unfed.app.rundir import PARTITION_FILE, TRAIN_ROWS_FILE, RunDir, open_run, seen_rows, training_identity
+from unfed.app.rundir import (
+    PARTITION_FILE,
+    TRAIN_ROWS_FILE,
+    RunDir,
+    open_run,
+    refuse_unfinished,
+    seen_rows,
+    training_identity,
+)
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
 from unfed.base.types import ServerState
 from unfed.config.schema import RunConfig
+from unfed.data.partition import Partition
 from unfed.evaluation.runner import EvalResult
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
@@ -54,6 +63,7 @@ def run(config: RunConfig) -> RunResult:
     """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend."""
     try:
         if config.mode == "unlearn" and config.oracle == "auto":
+            _prepared(config)  # a mistake of the run itself is found before its oracle is trained
             config = with_oracle(config, run)
         return evaluate_only(config) if config.mode == "eval" else train(config)
     except torch.OutOfMemoryError as e:
@@ -108,19 +118,28 @@ def _same_base(loaded: LoadedModel) -> None:
         )
 
 
+def _prepared(config: RunConfig) -> tuple[build.Rows, Partition, str, list[str]]:
+    """What can be known of a training without its model: rows, partition and where it comes from, who unlearns."""
+    build.refuse_unknown(config)
+    if config.resume:
+        Checkpoints(Path(config.paths.output_dir), training_identity(config)).check()
+    else:
+        refuse_unfinished(Path(config.paths.output_dir), overwrite=config.overwrite)
+    rows = build.read_rows(config)
+    partition, where = build.settle_partition(config, rows)
+    targets = build.targets_of(config, partition, [e["id"] for e in rows.forget]) if config.mode == "unlearn" else []
+    return rows, partition, where, targets
+
+
 def train(config: RunConfig) -> RunResult:
     """Fine-tune or unlearn over the schedule, save, evaluate."""
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
-    build.refuse_unknown(config)
     identity = training_identity(config)
-    if config.resume:
-        Checkpoints(Path(config.paths.output_dir), identity).check()
-    rows = build.read_rows(config)
-    partition, where = build.settle_partition(config, rows)
-    targets = build.targets_of(config, partition, [e["id"] for e in rows.forget]) if config.mode == "unlearn" else []
+    rows, partition, where, targets = _prepared(config)
     with open_run(config) as directory:
         loaded = _open(config, trainable=True)
+        check_tokens(config, loaded)
         clients = build.encode_clients(config, loaded, rows, partition)
         rule = build.server_rule(config, loaded)
         schedule = build.build_schedule(config, args, clients, targets, rule)

@@ -113,22 +113,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """Rows of one prompt each, followed by several answers to it that do not see each other.
+    """Rows of one prompt each, followed by several answers to it as a tree: equal beginnings stand there once.
 
-    ``input_ids``, ``position_ids`` (an answer counts on from its prompt) and ``parts`` (0 in the prompt, ``k`` in
-    the ``k``-th answer) have shape ``(B, T)``, int64. ``predictors`` and ``labels`` ``(N,)``: the flat position
-    that predicts each labelled token, and the token; by row, then answer, then position.
+    ``input_ids``, ``position_ids`` (an answer counts on from its prompt) and ``ends`` have shape ``(B, T)``, int64.
+    The tree's nodes stand in depth-first order, so what goes on from the token at ``j`` are the positions below
+    ``ends[j]``: a position ``i >= j`` sees ``j`` where ``i < ends[j]``. ``predictors`` and ``labels`` ``(N,)``: the
+    flat position that predicts each labelled token, and the token; by row, then answer, then position.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    parts: Tensor
+    ends: Tensor
     predictors: Tensor
     labels: Tensor
 
     def to(self, device: torch.device | str) -> SharedBatch:
         """The same batch on another device."""
-        moved = (self.input_ids, self.position_ids, self.parts, self.predictors, self.labels)
+        moved = (self.input_ids, self.position_ids, self.ends, self.predictors, self.labels)
         return SharedBatch(*(t.to(device) for t in moved))
 
 

@@ -36,6 +36,9 @@ def evaluation_settings(config: RunConfig) -> Iterator[str]:
     usable = config.eval is not None and config.eval.enabled and config.eval.suite != "lm_eval"
     if strategy in ("round", "phase") and not usable:
         yield f"trainer.args.eval_strategy={strategy}: needs an evaluation that is switched on (eval=tofu or eval=muse)"
+    elif strategy in ("round", "phase"):
+        assert config.eval is not None
+        yield from _between_rounds(config.eval)
     if config.eval is None:
         if config.mode == "eval":
             yield "eval: mode eval needs a suite; give eval=tofu"
@@ -54,6 +57,17 @@ def evaluation_settings(config: RunConfig) -> Iterator[str]:
     yield from (f"eval.{n}={v}: must be at least 1" for n, v in numbers.items() if v is not None and v < 1)
     if e.robustness is not None:
         yield from _robustness(config, e.robustness)
+
+
+def _between_rounds(given: EvalConfig) -> Iterator[str]:
+    if not given.round_metrics:
+        yield "eval.round_metrics: names no metric; trainer.args.eval_strategy=no switches the evaluations off"
+    yield from (
+        f"eval.round_metrics: {n} compares with another model's log, which evaluations between rounds do not read; "
+        "leave it out"
+        for n in given.round_metrics
+        if n in NEED_A_LOG and n != "privleak"  # which then compares with 0.5, and says so
+    )
 
 
 def _robustness(config: RunConfig, given: RobustnessConfig) -> Iterator[str]:

@@ -98,8 +98,7 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
                 if split.data.path != FICTIONAL and local_file(split.data, data_dir) is None:
                     continue
             here[name] = split
-        rows = read_rows(SUITES[given.suite], given.metrics, here, data_dir)
-        _look_at_logs(given, rows)
+        _logs(given, read_rows(SUITES[given.suite], given.metrics, here, data_dir))
         if config.trainer is not None and config.trainer.args.get("eval_strategy") in ("round", "phase"):
             read_rows(SUITES[given.suite], given.round_metrics, here, data_dir)
     except ConfigError as e:
@@ -109,18 +108,23 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
     return []
 
 
-def _look_at_logs(given: EvalConfig, rows: Mapping[str, Sequence[Example]]) -> None:
-    """The logs of other models, against the rows that are here. Raises ``ArtifactError``."""
+def _logs(given: EvalConfig, rows: Mapping[str, Sequence[Example]]) -> None:
+    """Other models' logs: they too are read after the training. Raises ``UnfedError``."""
     if given.retain_logs_path is None and given.finetuned_logs_path is None:
         return
     from unfed.evaluation.logs import load_model_logs
-    from unfed.evaluation.runner import check_logs
-    from unfed.evaluation.suites import SUITES, SuiteConfig
+    from unfed.evaluation.runner import check_finetuned_logs, check_retain_logs
+    from unfed.evaluation.suites import SUITES
+    from unfed.metrics.summary import RELATIVE_PARTS
 
-    before = given.finetuned_logs_path
-    finetuned = load_model_logs(before, "eval.finetuned_logs_path") if before else None
-    suite = SuiteConfig(metrics=given.metrics, suite=SUITES[given.suite], finetuned_logs=finetuned)
-    check_logs(suite, rows, load_model_logs(given.retain_logs_path) if given.retain_logs_path else None)
+    metrics = SUITES[given.suite].select(given.metrics)
+    if (path := given.retain_logs_path) is not None:
+        check_retain_logs(load_model_logs(path), metrics, rows)
+    if (path := given.finetuned_logs_path) is not None:
+        logs = load_model_logs(path, "eval.finetuned_logs_path")
+        check_finetuned_logs(logs, metrics, rows)
+        for name in RELATIVE_PARTS if "utility" in {m.name for m in metrics} else ():
+            logs.value(name)
 
 
 def _other_files(config: RunConfig) -> Iterator[str]:

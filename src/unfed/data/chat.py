@@ -163,7 +163,8 @@ def _finish(
         kind = "chat template" if template.apply_chat_template else "tags"
         raise DataError(
             f"the {kind} of {tokenizer.name_or_path or type(tokenizer).__name__} leave no token of the answer to "
-            f"learn: {len(prompt)} ids with the generation prompt, {len(ids)} with the answer ({template})"
+            f"learn: {len(prompt)} ids with the generation prompt, {len(ids)} with the answer "
+            f"(model.template_args: {template})"
         )
     whole = len(ids)
     ids = ids[:max_length] if max_length is not None else ids

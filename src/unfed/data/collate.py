@@ -45,37 +45,70 @@ def shared_prefix(example: EncodedExample) -> tuple[int, ...]:
     return example.input_ids[: max(1, example.prompt_len)]
 
 
+@dataclass(frozen=True)
+class _Tree:
+    """One group's row: ids, positions, ends as in ``SharedBatch``, and for each example the places that predict it."""
+
+    ids: list[int]
+    positions: list[int]
+    ends: list[int]
+    predictors: list[list[int]]
+
+
+def _tree(group: Sequence[EncodedExample]) -> _Tree:
+    """The prompt once, then every beginning of an answer once that predicts another token."""
+    prefix = shared_prefix(group[0])
+    start = len(prefix)
+    ids, positions, ends = list(prefix), list(range(start)), [0] * start
+    predictors: list[list[int]] = [[] for _ in group]
+    before: tuple[int, ...] = ()
+    path: list[int] = []
+    # In sorted order an answer shares the longest beginning with its neighbour, and nodes come depth first.
+    for k in sorted(range(len(group)), key=lambda k: group[k].input_ids[start:-1]):
+        answer = group[k].input_ids[start:]
+        inner = answer[:-1]
+        common = next((n for n, (a, b) in enumerate(zip(before, inner, strict=False)) if a != b), None)
+        common = min(len(before), len(inner)) if common is None else common
+        for node in path[common:]:
+            ends[node] = len(ids)
+        del path[common:]
+        for token in inner[common:]:
+            path.append(len(ids))
+            ids.append(token)
+            positions.append(start + len(path) - 1)
+            ends.append(0)
+        before = inner
+        predictors[k] = [start - 1, *path] if answer else []
+    for node in path:
+        ends[node] = len(ids)
+    return _Tree(ids, positions, ends, predictors)
+
+
 def shared_width(examples: Sequence[EncodedExample]) -> int:
-    """Positions of a row: the prompt once, and of each answer all tokens that predict another one."""
-    prefix = len(shared_prefix(examples[0]))
-    return prefix + sum(max(0, len(e) - prefix - 1) for e in examples)
+    """Positions of the row that :func:`collate_shared` makes of a group."""
+    return len(_tree(examples).ids)
 
 
 def collate_shared(groups: Sequence[Sequence[EncodedExample]], pad_token_id: int) -> SharedBatch:
     """One row for each group of examples with the same :func:`shared_prefix`, padded on the right."""
-    width = max(shared_width(g) for g in groups)
+    trees = [_tree(g) for g in groups]
+    width = max(len(t.ids) for t in trees)
     input_ids = torch.full((len(groups), width), pad_token_id, dtype=torch.long)
     position_ids = torch.zeros_like(input_ids)
-    parts = torch.zeros_like(input_ids)
+    ends = torch.zeros_like(input_ids)
     predictors: list[int] = []
     labels: list[int] = []
-    for row, group in enumerate(groups):
-        prefix = shared_prefix(group[0])
-        ids, positions, own = list(prefix), list(range(len(prefix))), [0] * len(prefix)
-        for k, example in enumerate(group, 1):
-            answer = example.input_ids[len(prefix) :]
-            first = row * width + len(ids)
-            if answer:
-                predictors += [row * width + len(prefix) - 1, *range(first, first + len(answer) - 1)]
-                labels += answer
-            ids += answer[:-1]
-            positions += range(len(prefix), len(prefix) + len(answer) - 1)
-            own += [k] * (len(answer) - 1)
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        position_ids[row, : len(ids)] = torch.tensor(positions, dtype=torch.long)
-        parts[row, : len(ids)] = torch.tensor(own, dtype=torch.long)
+    for row, (group, tree) in enumerate(zip(groups, trees, strict=True)):
+        size, start = len(tree.ids), len(shared_prefix(group[0]))
+        input_ids[row, :size] = torch.tensor(tree.ids, dtype=torch.long)
+        position_ids[row, :size] = torch.tensor(tree.positions, dtype=torch.long)
+        ends[row, :size] = torch.tensor(tree.ends, dtype=torch.long)
+        ends[row, :start] = width  # padding sees the prompt, too: a position that sees nothing would be NaN
+        for example, places in zip(group, tree.predictors, strict=True):
+            predictors += [row * width + place for place in places]
+            labels += example.input_ids[start:]
     flat = (torch.tensor(values, dtype=torch.long) for values in (predictors, labels))
-    return SharedBatch(input_ids, position_ids, parts, *flat)
+    return SharedBatch(input_ids, position_ids, ends, *flat)
 
 
 def length_grouped_batches(

@@ -80,7 +80,7 @@ class PrivLeak(BaseRule):
 
     def __call__(self, found: Findings) -> Score:
         logs = found.references.retain
-        return membership.privleak(found.scores["mia_min_k"], None if logs is None else logs.value("mia_min_k"))
+        return membership.privleak(found.scores["mia_min_k"], None if logs is None else logs.auc("mia_min_k"))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Privacy(BaseRule):
         if logs is None:
             return Score(None, why="no retain_logs_path: Priv compares with a retain model's attacks")
         try:
-            references = {name: logs.value(name) for name in summary.PRIVACY_PARTS}
+            references = {name: logs.auc(name) for name in summary.PRIVACY_PARTS}
         except ArtifactError as e:
             return Score(None, why=str(e))
         return summary.privacy(found.scores, references)

@@ -1,30 +1,38 @@
 """What a model said, kept on disk: a second metric or a re-run reads it in place of another pass.
 
 A key covers all that an entry depends on: the digest of every weight, the encoded tokens (hence data, template,
-tokenizer and lengths), how it was computed, and the versions of this file and of torch. Batches are not part of it:
-they make no difference beyond rounding. An entry that cannot be read is made anew.
+tokenizer and lengths), how it was computed, and the versions of this file and of the libraries that compute. Batches
+are not part of it: they make no difference beyond rounding. An entry that cannot be read is made anew, and one that
+cannot be written (a full disk, a directory of somebody else's) is done without.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
+import transformers
 
 from unfed.base.artifacts import read_json, read_tensors, write_json, write_tensors
 from unfed.base.errors import ArtifactError
 from unfed.data.chat import EncodedExample
 from unfed.metrics.stats import Array, TokenStats
 
+log = logging.getLogger(__name__)
+
 VERSION = 1
 """Raised whenever the meaning of an entry changes, or how it is computed."""
+
+LIBRARIES = (torch.__version__, transformers.__version__, peft.__version__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class EvidenceCache:
         model = self.base if base else self.model
         if model is None:
             return Entry(None)
-        key = hashlib.sha256(json.dumps([VERSION, torch.__version__, model, kind, how, content]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([VERSION, *LIBRARIES, model, kind, how, content]).encode()).hexdigest()
         return Entry(self.directory / key[:2] / key[2:34], self.tally)
 
 
@@ -108,10 +116,7 @@ class Entry:
 
     def keep_texts(self, texts: Sequence[str]) -> None:
         """Keep generated answers."""
-        if self.place is not None:
-            self.tally["made"] += 1
-            _make(self.place.parent)
-            write_json(self.place.with_suffix(".json"), list(texts))
+        self._write(".json", lambda file: write_json(file, list(texts)))
 
     def _arrays(self) -> dict[str, Array] | None:
         if self.place is None:
@@ -122,11 +127,18 @@ class Entry:
             return None
 
     def _keep(self, arrays: dict[str, Array]) -> None:
-        if self.place is not None:
-            self.tally["made"] += 1
+        tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()}
+        self._write(".safetensors", lambda file: write_tensors(file, tensors))
+
+    def _write(self, suffix: str, write: Callable[[Path], None]) -> None:
+        if self.place is None:
+            return
+        self.tally["made"] += 1
+        try:
             _make(self.place.parent)
-            tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()}
-            write_tensors(self.place.with_suffix(".safetensors"), tensors)
+            write(self.place.with_suffix(suffix))
+        except ArtifactError as e:  # the scores are there, and worth more than their copy
+            log.warning("the evaluation goes on without its cache (eval.cache_dir): %s", e)
 
 
 def _make(folder: Path) -> None:
@@ -135,7 +147,7 @@ def _make(folder: Path) -> None:
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as e:
-            raise ArtifactError(f"eval.cache_dir: cannot make {place}: {e.strerror or e}") from e
+            raise ArtifactError(f"cannot make {place}: {e.strerror or e}") from e
 
 
 def _digest(encoded: Sequence[EncodedExample]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from unfed.base.types import IGNORE_INDEX, Example
 from unfed.data.chat import EncodedExample, encode_pairs, encode_prompts
@@ -53,12 +54,20 @@ def _score_columns(
         listed = isinstance(values[0], list)
         out[split, column] = Answers(
             stats=stats[split, column],
-            texts=tuple(t for v in values for t in (v if listed else [v])),
+            texts=tuple(
+                _scored_text(given.tokenizer, e) if e.truncated else t
+                for t, e in zip((t for v in values for t in (v if listed else [v])), own, strict=True)
+            ),
             counts=np.array([len(v) if listed else 1 for v in values]),
             listed=listed,
             cut=sum(e.truncated for e in own),
         )
     return _with_extras(given, encoded, out)
+
+
+def _scored_text(tokenizer: PreTrainedTokenizerBase, answer: EncodedExample) -> str:
+    """What ``max_length`` left of an answer."""
+    return str(tokenizer.decode([t for t in answer.labels if t != IGNORE_INDEX], skip_special_tokens=True))
 
 
 def _stats(

@@ -19,8 +19,8 @@ class Answers:
     """The scored answers of one column.
 
     ``counts`` ``(rows,)`` says how many answers belong to each row; ``listed`` that the data holds a list
-    there. ``cut`` counts the answers that ``max_length`` shortened. ``reference`` and ``gradient_norms`` are there
-    where they were asked for (and a reference model exists).
+    there. ``cut`` counts the answers that ``max_length`` shortened; ``texts`` has what was left of them.
+    ``reference`` and ``gradient_norms`` are there where they were asked for (and a reference model exists).
     """
 
     stats: TokenStats

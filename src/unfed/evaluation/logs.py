@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,6 @@ class ModelLogs:
     metrics: Mapping[str, Any]
     key: str = "retain_logs_path"
 
-    @property
-    def _whose(self) -> str:
-        return "retain" if self.key == "retain_logs_path" else "fine-tuned model's"
-
     def _entry(self, metric: str, key: str) -> Any:
         entry = self.metrics.get(metric)
         if not isinstance(entry, Mapping) or entry.get(key) is None:
@@ -49,7 +46,7 @@ class ModelLogs:
         try:
             ordered = [rows[key]["score"] for key in sorted(rows, key=int)]
             return np.array([np.nan if v is None else float(v) for v in ordered])
-        except (TypeError, ValueError, KeyError, AttributeError) as e:
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
             raise ArtifactError(
                 f"{self.name}: forget_truth_ratio.value_by_index is not row -> {{'score': number}} ({self.key})"
             ) from e
@@ -57,9 +54,16 @@ class ModelLogs:
     def value(self, metric: str) -> float:
         """A metric's value. Raises ``ArtifactError`` naming the file and the missing key."""
         value = self._entry(metric, "agg_value")
-        if not isinstance(value, int | float):
-            raise ArtifactError(f"{self.name}: {metric}.agg_value is not a number ({self.key})")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ArtifactError(f"{self.name}: {metric}.agg_value is not a finite number ({self.key})")
         return float(value)
+
+    def auc(self, metric: str) -> float:
+        """An attack's AUC: as :meth:`value`, and within [0, 1]."""
+        value = self.value(metric)
+        if not 0 <= value <= 1:
+            raise ArtifactError(f"{self.name}: {metric}.agg_value={value:g} is no AUC ({self.key})")
+        return value
 
     def check_unseen(self) -> None:
         """Refuse the log of a model that was trained on forget rows, where the log knows. Raises ``ArtifactError``."""
@@ -89,7 +93,7 @@ class ModelLogs:
         known = _digest(self.metrics, split)
         if known is not None and known != digest:
             raise ArtifactError(
-                f"{self.name} ({self.key}): the {self._whose} log is of another {split} split"
+                f"{self.name} ({self.key}): the log is of another {split} split"
                 f"{_named(self.metrics, split)}: its rows are {known}, this run's are {digest}"
             )
 
@@ -104,8 +108,9 @@ class ModelLogs:
         rows = self._entry("forget_truth_ratio", "value_by_index")
         if len(rows) != len(answers):
             raise ArtifactError(f"{refuse}it has {len(rows)} rows, this run has {len(answers)}")
-        shown = self.metrics.get("forget_Q_A_ROUGE", {}).get("value_by_index") or {}
-        for key, row in shown.items():
+        rouge = self.metrics.get("forget_Q_A_ROUGE")
+        shown = rouge.get("value_by_index") if isinstance(rouge, Mapping) else None
+        for key, row in shown.items() if isinstance(shown, Mapping) else ():
             truth = row.get("ground_truth") if isinstance(row, Mapping) else None
             here = answers[int(key)] if key.isdigit() and int(key) < len(answers) else None
             if truth is not None and here is not None and str(truth).strip() != here.strip():
@@ -134,7 +139,10 @@ def load_model_logs(path: Path | str, key: str = "retain_logs_path") -> ModelLog
     if Path(path).is_dir():
         there = sorted(f.name for f in Path(path).glob("*_EVAL.json"))
         raise ArtifactError(f"{key}={path}: is a directory; name the file{f' in it: {there[0]}' if there else ''}")
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except ArtifactError as e:
+        raise ArtifactError(f"{key}={path}: {e}") from e
     nested = found.get("metrics") if isinstance(found, Mapping) else None
     metrics = nested if isinstance(nested, Mapping) else found
     if not isinstance(metrics, Mapping) or not any(

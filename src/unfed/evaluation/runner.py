@@ -20,7 +20,7 @@ from unfed.data.datasets import data_digest
 from unfed.evaluation.collect import collect
 from unfed.evaluation.evidence import Evidence, column_problem
 from unfed.evaluation.logs import RUN_KEY, ModelLogs
-from unfed.evaluation.metric import Suite, asked_extras, compute
+from unfed.evaluation.metric import Metric, Suite, asked_extras, compute
 from unfed.evaluation.rules import References
 from unfed.evaluation.scoring import Pass
 from unfed.evaluation.suites import SuiteConfig
@@ -109,7 +109,10 @@ def evaluate(
     if not any(len(rows) for rows in rows_by_split.values()):
         raise DataError("the evaluation has no rows: every split is empty")
     digests = {split: data_digest(rows) for split, rows in rows_by_split.items()}
-    check_logs(suite, rows_by_split, retain_logs)
+    if retain_logs is not None:
+        check_retain_logs(retain_logs, metrics, rows_by_split)
+    if suite.finetuned_logs is not None:
+        check_finetuned_logs(suite.finetuned_logs, metrics, rows_by_split)
     given = Pass(
         model=model,
         tokenizer=tokenizer,
@@ -151,41 +154,39 @@ def _cut(evidence: Evidence, split: str) -> int:
     return sum(a.cut for (s, _), a in evidence.answers.items() if s == split)
 
 
-def check_logs(
-    suite: SuiteConfig, rows_by_split: Mapping[str, Sequence[Example]], retain_logs: ModelLogs | None = None
+def check_retain_logs(
+    logs: ModelLogs, metrics: Sequence[Metric], rows_by_split: Mapping[str, Sequence[Example]]
 ) -> None:
-    """Logs that cannot be this run's references are refused before anything is scored. Raises ``ArtifactError``.
+    """Refuse a log that cannot be this run's reference. Raises ``ArtifactError`` naming the file and what is wrong.
 
-    They are asked only for what this run will compare with them: a run without holdout rows has no privleak, and needs
-    none of the log.
+    It is asked only for what this run will compare with it: a run without holdout rows has no privleak, and needs none
+    of the log.
     """
-    names = {m.name for m in suite.suite.select(suite.metrics)}
-    digests = {split: data_digest(rows) for split, rows in rows_by_split.items()}
-    if retain_logs is not None:
-        _check_retain(retain_logs, names, rows_by_split, digests)
-    if suite.finetuned_logs is not None and names & {"utility", "agg"}:
-        for split, digest in digests.items():
-            if split != "holdout":
-                suite.finetuned_logs.check_digest(split, digest)
-
-
-def _check_retain(
-    logs: ModelLogs, names: set[str], rows_by_split: Mapping[str, Sequence[Example]], digests: Mapping[str, str]
-) -> None:
     logs.check_unseen()
+    names = {m.name for m in metrics}
     forget = rows_by_split.get("forget", ())
-    if (
-        forget
-        and "forget_quality" in names
-        and all(column_problem(forget, "forget", c) is None for c in ("paraphrased_answer", "perturbed_answer"))
+    if "forget_quality" in names and all(
+        column_problem(forget, "forget", c) is None for c in ("paraphrased_answer", "perturbed_answer")
     ):
         logs.truth_ratios()
-        logs.check_split([str(row["answer"]) for row in forget], digests["forget"])
-    if names & {"privleak", "priv", "agg"} and forget and rows_by_split.get("holdout"):
-        if "privleak" in names:
-            logs.value("mia_min_k")
+        logs.check_split([str(row["answer"]) for row in forget], data_digest(forget))
+    if not forget or not rows_by_split.get("holdout"):
+        return
+    if "privleak" in names:
+        logs.auc("mia_min_k")
+    if names & {"privleak", "priv"}:
         for split in ("forget", "holdout"):
-            logs.check_digest(split, digests[split])
+            logs.check_digest(split, data_digest(rows_by_split[split]))
+
+
+def check_finetuned_logs(
+    logs: ModelLogs, metrics: Sequence[Metric], rows_by_split: Mapping[str, Sequence[Example]]
+) -> None:
+    """Refuse a log whose utility is of other rows than this run's. Raises ``ArtifactError``."""
+    if "utility" in {m.name for m in metrics}:
+        for split, rows in rows_by_split.items():
+            if rows:
+                logs.check_digest(split, data_digest(rows))
 
 
 def write_results(

@@ -33,7 +33,8 @@ def model_digest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> ModelD
     how = [text, _settings(model), str(next(model.parameters()).device.type)]
     adapted = isinstance(model, PeftModel)
     own = live_tensors(model) if adapted else {}
-    places = {t.data_ptr() for t in own.values()}
+    # Biases that train with an adapter (bias=all) are the base's own: they stay when the adapter is switched off.
+    places = {t.data_ptr() for n, t in own.items() if not n.endswith("bias")}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     base = digest_json([*how, _tensors((n, t) for n, t in tensors if t.data_ptr() not in places)])
     if not adapted:
@@ -43,7 +44,12 @@ def model_digest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> ModelD
 
 
 def _stops(tokenizer: PreTrainedTokenizerBase) -> Iterable[Any]:
-    return (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.padding_side)
+    """What decides, beside the vocabulary, how tokens become text and where text ends."""
+    marks = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.padding_side)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    clean = getattr(tokenizer, "clean_up_tokenization_spaces", None)
+    decoder = backend.to_str() if backend is not None else type(tokenizer).__name__
+    return (*marks, sorted(tokenizer.all_special_ids), clean, decoder)
 
 
 def _settings(model: nn.Module) -> str:

@@ -122,15 +122,15 @@ def labelled_logits(model: nn.Module, batch: Batch) -> LabelledLogits:
 
 
 def shared_logits(model: nn.Module, batch: SharedBatch) -> Tensor:
-    """Logits ``(N, V)`` at ``batch.predictors``, where answers to one prompt share its positions.
+    """Logits ``(N, V)`` at ``batch.predictors``, where answers to one prompt share its positions and their beginnings.
 
-    The block mask is handed to the model as it is, which attention kernels other than ``sdpa`` and ``eager``,
+    The mask is handed to the model as it is, which attention kernels other than ``sdpa`` and ``eager``,
     sliding windows and recurrent layers do not honour: compare with :func:`labelled_logits` before relying on it.
     """
-    width = batch.parts.shape[1]
-    causal = torch.ones((width, width), dtype=torch.bool, device=batch.parts.device).tril()
-    keys, queries = batch.parts[:, None, None, :], batch.parts[:, None, :, None]
-    allowed = causal & ((keys == 0) | (keys == queries))
+    width = batch.ends.shape[1]
+    causal = torch.ones((width, width), dtype=torch.bool, device=batch.ends.device).tril()
+    queries = torch.arange(width, device=batch.ends.device)[None, None, :, None]
+    allowed = causal & (queries < batch.ends[:, None, None, :])
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
