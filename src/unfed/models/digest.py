@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from unfed.base.artifacts import digest_json
 from unfed.models.adapter import live_tensors
 
-# Settings that say where files lie or who wrote them, not what is computed.
-_UNIMPORTANT = {"_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "peft_version"}
+# Settings that say where files lie, who wrote them or whether weights train, not what is computed.
+_UNIMPORTANT = {
+    "_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
