@@ -17,6 +17,7 @@ from unfed.evaluation.tofu import TOFU
 from unfed.report.answers import _questions
 from unfed.report.contents import Report
 from unfed.report.export import tex
+from unfed.report.figures import bars
 from unfed.report.labels import HEADLINE, LOG10_P, METRICS, number, others, target
 from unfed.report.page import curve_panels, picture_panels
 from unfed.report.read import read_run
@@ -60,6 +61,80 @@ def test_the_oracle_of_an_unlearning_run_is_found_and_said(runs: dict[str, Path]
     assert [m.role for m in found.models] == ["oracle", "unlearned"]
     assert any("oracle: found at" in n for n in found.notes)
     assert any("has no evaluation" in n and "--finetuned" in n for n in found.notes), "that of the fine-tuning run"
+
+
+def _apart(root: Path, by_hand: SimpleNamespace) -> Path:
+    """An unlearned run as ``oracle=auto`` leaves it: both models' evaluations in directories of their own."""
+    finetuned = by_hand.write_run(root / "f", "finetune")
+    oracle = by_hand.write_run(root / "o", "finetune", rounds=3)
+    for training, place, value in ((finetuned, root / "f_eval" / "eval_1", 0.9), (oracle, oracle / "eval_2", 0.3)):
+        digests = {"base": "base-1", "adapter": f"adapter-of-{training.name}"}
+        source = by_hand.model_at(training)
+        by_hand.write_run(place, "eval", by_hand.scores(value), config=source, digests=digests)
+    logs = {
+        "retain_logs_path": str(oracle / "eval_2" / "TOFU_EVAL.json"),
+        "finetuned_logs_path": str(root / "f_eval" / "eval_1" / "TOFU_EVAL.json"),
+    }
+    config = {**by_hand.model_at(finetuned), "eval": logs}
+    return by_hand.write_run(root / "u", "unlearn", by_hand.scores(0.32), config=config)
+
+
+@pytest.mark.parametrize(
+    "also", [(), ("o",), ("f",), ("f", "o"), ("o/eval_2", "f"), ("o", "o/eval_2", "f_eval/eval_1")]
+)
+def test_what_an_automatic_oracle_left_is_put_together(
+    tmp_path: Path, by_hand: SimpleNamespace, also: tuple[str, ...]
+) -> None:
+    """Whichever of its directories are given: the same three models, each with its scores and its cost."""
+    unlearned = _apart(tmp_path, by_hand)
+    found = make_report([Given(p) for p in (unlearned, *(tmp_path / n for n in also))], "x")
+    assert [(m.role, m.summary["forget_Q_A_Prob"], m.cost and m.cost.seconds) for m in found.models] == [
+        ("finetuned", 0.9, 6.0), ("oracle", 0.3, 9.0), ("unlearned", 0.32, 6.0),
+    ]  # fmt: skip
+
+
+def test_what_is_found_but_cannot_stand_beside_is_left_out_and_said(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    unlearned = _apart(tmp_path, by_hand)
+    digests = {"base": "base-1", "adapter": "adapter-of-u"}
+    again = by_hand.write_run(
+        tmp_path / "again", "eval", by_hand.scores(0.4), config=by_hand.model_at(unlearned), digests=digests,
+        forget="rows-2",
+    )  # fmt: skip
+    found = make_report([Given(again)], "x")
+    assert [(m.role, m.summary["forget_Q_A_Prob"]) for m in found.models] == [("unlearned", 0.4)]
+    for role in ("oracle", "finetuned"):
+        assert any(n.startswith(f"{role}: ") and "is left out" in n and "rows-2" in n for n in found.notes)
+
+
+def test_privleak_without_an_oracle_is_remarked(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    place = by_hand.write_run(tmp_path / "u", "unlearn", by_hand.scores(0.3, privleak=9.75))
+    entries = json.loads((place / "TOFU_EVAL.json").read_text())
+    entries["privleak"]["why"] = "no log"
+    (place / "TOFU_EVAL.json").write_text(json.dumps(entries))
+    found = make_report([Given(place)], "x")
+    assert "u: privleak is no comparison with an oracle: no log." in found.notes
+    assert found.title == "u: what was forgotten (forget10)"
+
+
+def test_two_evaluations_of_one_model_by_other_rows_are_refused(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    place = by_hand.write_run(tmp_path / "u", "unlearn", by_hand.scores(0.3))
+    digests = {"base": "base-1", "adapter": "adapter-of-u"}
+    again = by_hand.write_run(tmp_path / "e", "eval", by_hand.scores(0.4), digests=digests, forget="rows-2")
+    with pytest.raises(UnfedError, match="their forget splits have other rows"):
+        make_report([Given(place), Given(again)], "x")
+
+
+def test_those_that_cannot_be_compared_are_named_as_they_were_given(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    unlearned = _apart(tmp_path, by_hand)
+    other = by_hand.write_run(tmp_path / "v", "unlearn", by_hand.scores(0.3), forget="rows-2")
+    with pytest.raises(UnfedError, match=f"^{unlearned} and {other} cannot be compared"):
+        make_report([Given(unlearned), Given(other)], "x")
+
+
+def test_compare_says_where_evaluations_lie(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    unlearned = _apart(tmp_path, by_hand)
+    _, notes = compare([unlearned, tmp_path / "o"])
+    assert notes == [f"{tmp_path / 'o'}: left out, it has no evaluation; it has some of its own within: eval_2"]
 
 
 def test_relative_paths_are_found_from_the_runs_own_parents(tmp_path: Path, by_hand: SimpleNamespace) -> None:
@@ -206,6 +281,15 @@ def test_the_picture_leaves_out_what_was_not_measured(runs: dict[str, Path]) -> 
     assert [p.alt for p in picture_panels(of(runs, "eval_finetuned"))] == [
         "Bars: what should go", "Bars: what should stay",
     ]  # fmt: skip
+
+
+def test_comparisons_are_not_missed_in_what_they_compare_with(runs: dict[str, Path]) -> None:
+    """Four models have Mem's row; base, fine-tuned model and oracle are no rows of Priv and Utility."""
+    models = of(runs).models
+    heights = {k: bars(models, [k], "t")[1] for k in ("mem", "priv", "utility")}
+    assert heights["mem"] - heights["priv"] == pytest.approx(3 * 0.19)
+    assert heights["utility"] == heights["priv"]
+    assert (target("utility", {}), target("utility", {"utility": 0.9}), target("utility", None)) == ("1", "0.900", "1")
 
 
 def test_latex_escapes() -> None:

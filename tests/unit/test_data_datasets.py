@@ -166,6 +166,8 @@ def test_the_hub_is_asked_with_path_name_and_split(monkeypatch: pytest.MonkeyPat
 def test_without_network_the_message_says_where_to_put_the_files():
     with pytest.raises(DataError, match=r"cannot load locuslab/TOFU .*tofu/forget10\.json.*UNFED_DATA_DIR.*data_dir"):
         load_rows(spec("forget10"))
+    with pytest.raises(DataError, match=r"<data root>/tofu/verbmem/forget\.json .* to the data root$"):
+        load_rows(spec("verbmem", split="forget"))
 
 
 def test_the_data_digest_depends_on_texts_and_order(root: Path):

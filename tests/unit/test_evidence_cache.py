@@ -102,6 +102,18 @@ def test_a_second_run_asks_nothing_and_says_the_same(opened, tmp_path, monkeypat
     assert {p.stat().st_mode & 0o077 for p in tmp_path.rglob("*") if p.is_dir()} == {0}
 
 
+def test_what_was_read_and_made_is_counted(opened, tmp_path):
+    """Statistics of the answers of two splits, and the texts of one: three entries."""
+    model, tokenizer = opened
+    digest = model_digest(model, tokenizer)
+    for expected in ({"made": 3}, {"read": 3}):
+        cache = EvidenceCache(tmp_path, digest.model, digest.base)
+        metrics = ("mia_loss", "forget_Q_A_ROUGE")
+        asked = SuiteConfig(metrics=metrics, decoding=Decoding(max_new_tokens=4), cache=cache)
+        evaluate(model, tokenizer, Template(), asked, ROWS)
+        assert dict(cache.tally) == expected
+
+
 def test_nothing_is_read_of_another_model_or_other_data(opened, tmp_path, monkeypatch):
     seen = Counter(monkeypatch)
     model, tokenizer = opened
@@ -148,6 +160,20 @@ def test_digests_tell_models_apart(opened):
     assert two.model != one.model and two.base == one.base
     half = model.get_base_model().half()
     assert model_digest(half, tokenizer).base is None
+
+
+def test_the_digest_is_the_same_in_the_next_process(opened):
+    """A set has another order there. Eight falls into zero's place, so these two sets are in different orders."""
+    model, tokenizer = opened
+    found = []
+    for order in ([0, 8], [8, 0]):
+        model.peft_config["default"].target_modules = set(order)
+        found.append((str(set(order)), model_digest(model, tokenizer)))
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+    model.peft_config["default"].inference_mode = True  # as an adapter is opened that has been trained before
+    assert model_digest(model, tokenizer) == found[0][1]
+    model.peft_config["default"].target_modules = {0, 1}
+    assert model_digest(model, tokenizer) != found[0][1]
 
 
 def test_a_tokenizer_that_reads_tokens_otherwise_is_another_one(opened):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,20 @@ def test_a_missing_file_names_itself_and_who_needs_it(data, tmp_path):
         evaluation_rows(GIVEN, str(tmp_path / "data"))
     assert str(gone) in str(e.value) and "retain_knowmem_ROUGE" in str(e.value)
     assert "eval.metrics=[forget_verbmem_ROUGE,forget_knowmem_ROUGE,privleak,extraction_strength]" in str(e.value)
+
+
+def test_missing_examples_are_found_with_the_rows_and_only_where_they_are_shown(data, tmp_path):
+    import shutil
+
+    shutil.copytree(data, tmp_path / "data")
+    gone = tmp_path / "data" / "muse-news" / "knowmem" / "retain_qa_icl.json"
+    gone.unlink()
+    with pytest.raises(DataError) as e:
+        evaluation_rows(GIVEN, str(tmp_path / "data"))
+    assert str(gone) in str(e.value) and "retain_knowmem_ROUGE" in str(e.value)
+    without = replace(GIVEN, metrics=("forget_knowmem_ROUGE",))
+    assert set(evaluation_rows(without, str(tmp_path / "data"))) == {"forget_qa"}
+    assert set(suite_of(without, str(tmp_path / "data")).layouts) == {"forget_qa"}
 
 
 def test_the_splits_of_the_benchmark():

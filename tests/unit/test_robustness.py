@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from unfed.app import robustness as app_robustness
 from unfed.config.compat import resolve
 from unfed.config.load import ConfigError
 from unfed.data.chat import encode, encode_prompt
@@ -19,6 +21,7 @@ from unfed.evaluation import robustness_prompts as prompts
 from unfed.evaluation import robustness_weights as weights
 from unfed.evaluation.robustness import (
     CannotBeDoneError,
+    Outcome,
     Subject,
     not_worse_score,
     relearning_score,
@@ -435,3 +438,14 @@ def test_the_checks_need_a_finished_model():
             ["task_name=t", "experiment=unlearn/tofu/default", "model=tiny-lora", "+eval.robustness.merge=true"],
             "unlearn-lora.yaml",
         )
+
+
+def test_the_table_shows_no_score_of_an_attempt_that_was_too_weak(capsys):
+    subject = SimpleNamespace(before={"forget_Q_A_Prob": 0.199})
+    strong = Outcome("merge", after={"forget_Q_A_Prob": 0.25}, score={"forget_Q_A_Prob": 0.8})
+    weak = Outcome(
+        "relearn", after={"forget_Q_A_Prob": 0.2}, score={"forget_Q_A_Prob": 0.0}, extra={"note": "too weak"}
+    )
+    app_robustness._show(["forget_Q_A_Prob"], subject, [strong, weak])
+    said = capsys.readouterr().err
+    assert "0.250 (0.80)" in said and "0.200" in said and "0.200 (" not in said and "relearn: too weak" in said

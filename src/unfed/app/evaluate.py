@@ -51,12 +51,13 @@ def suite_of(config: EvalConfig, data_dir: str | None = None) -> SuiteConfig:
     """The evaluation floor's own description of what to do; rows that are shown as examples are read."""
     g = config.generation
     splits = evaluation_splits(config)
+    asked = needed_columns(SUITES[config.suite], config.metrics)
     logs = config.finetuned_logs_path
     return SuiteConfig(
         metrics=config.metrics,
         suite=SUITES[config.suite],
         datasets={s: e.data.full_name for s, e in splits.items()},
-        layouts={s: _with_shots(e, data_dir) for s, e in splits.items()},
+        layouts={s: _with_shots(e, data_dir) for s, e in splits.items() if s in asked},
         budget=Budget(config.max_tokens, config.batch_size),
         decoding=Decoding(
             max_new_tokens=g.max_new_tokens, do_sample=g.do_sample, temperature=g.temperature, top_p=g.top_p
@@ -130,24 +131,36 @@ def evaluate_model(
         def progress(what: str, done: int, total: int) -> None:
             status.update(f"evaluating {what}: {done}/{total}")
 
+        cache = _cache(given, loaded)
         suite = replace(
             suite_of(given, config.paths.data_dir),
             progress=progress,
             reference=_reference(config, loaded),
-            cache=_cache(given, loaded),
+            cache=cache,
         )
         result = evaluate(loaded.model, loaded.tokenizer, config.model.template_args, suite, rows, logs)
     seen = seen_rows(loaded.adapter_path)
     forgotten = sum(row["id"] in seen for row in rows.get("forget", ())) if seen else None
     write_results(result, directory, {**digests_of(loaded), **_data_digests(rows)}, forgotten)
+    if cache is not None and (read := cache.tally["read"]):
+        passes = read + cache.tally["made"]
+        say(f"{read} of {passes} passes over answers were read from {cache.directory} (eval.cache_dir=null keeps none)")
+    say_remarks(result, given.metrics or result.suite.default)
+    show_scores(result.summary(), str(directory / result.suite.summary_file))
+    return result
+
+
+def say_remarks(result: EvalResult, wanted: Sequence[str]) -> None:
+    """Why wanted metrics have no value, and what privleak was compared with where that is no oracle."""
     gaps: dict[str, list[str]] = {}
     for name, score in result.scores.items():
-        if score.value is None and name in (given.metrics or result.suite.default):
+        if score.value is None and name in wanted:
             gaps.setdefault(str(score.why), []).append(name)
     for why, names in gaps.items():
         say(f"no value for {', '.join(names)}: {why}")
-    show_scores(result.summary(), str(directory / result.suite.summary_file))
-    return result
+    leak = result.scores.get("privleak")
+    if leak is not None and leak.value is not None and leak.why is not None and "privleak" in wanted:
+        say(f"privleak is no comparison with an oracle: {leak.why}")
 
 
 def check_tokens(config: RunConfig, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]] | None = None) -> None:

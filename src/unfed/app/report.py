@@ -48,7 +48,9 @@ def _no_run_twice(places: Sequence[Path]) -> None:
 
 def _title(found: Sequence[Model], splits: Mapping[str, object]) -> str:
     forgot = ", ".join(m.name for m in found if m.role == "unlearned")
-    name = mapping(splits.get("forget")).get("name")
+    suite = next((m.suite for m in found if m.suite), None)
+    name = str(mapping(splits.get("forget")).get("name", "")).removesuffix("_perturbed")
+    name = suite if suite != "TOFU" else name
     return (f"{forgot}: what was forgotten" if forgot else "Runs compared") + (f" ({name})" if name else "")
 
 
@@ -59,6 +61,12 @@ def _rows(splits: Mapping[str, object]) -> list[str]:
     return [f"Rows that were scored: {', '.join(sizes)}."] if sizes else []
 
 
+def _within(place: Path) -> str:
+    """Where ``oracle=auto`` put evaluations of a run: in directories of their own."""
+    found = sorted({f.parent.name for f in place.glob("eval_*/*_EVAL.json")})
+    return f"; it has some of its own within: {', '.join(found)}" if found else ""
+
+
 def compare(places: Sequence[Path]) -> tuple[list[Group], list[str]]:
     """Groups of runs that differ only in their seed, and remarks on them.
 
@@ -67,7 +75,7 @@ def compare(places: Sequence[Path]) -> tuple[list[Group], list[str]]:
     _no_run_twice(places)
     runs = [read_run(p) for p in places]
     check_comparable(runs)
-    notes = [f"{r.place}: left out, it has no evaluation" for r in runs if r.suite is None]
+    notes = [f"{r.place}: left out, it has no evaluation{_within(r.place)}" for r in runs if r.suite is None]
     scored = [r for r in runs if r.suite is not None]
     if not scored:
         raise UnfedError("none of these runs has an evaluation: nothing to compare")

@@ -150,7 +150,8 @@ def _write(
 
 def _show(metrics: Sequence[str], subject: Subject, outcomes: Sequence[Outcome]) -> None:
     """A row a check: each metric after it and its score; what was left out, and why."""
-    table = Table(title="Robustness (after each attempt; 1 is the best score)", title_justify="left", show_edge=False)
+    title = "Robustness: after each attempt (in brackets its score, 1 is the best)"
+    table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("check")
     for metric in metrics:
         table.add_column(METRICS.get(metric, (metric,))[0], justify="right")
@@ -177,5 +178,6 @@ def _show(metrics: Sequence[str], subject: Subject, outcomes: Sequence[Outcome])
 def _cell(outcome: Outcome, metric: str) -> str:
     if metric not in outcome.after:
         return ""
-    score = outcome.score.get(metric)
-    return number(metric, outcome.after[metric]) + ("" if score is None else f" (score {score:.2f})")
+    # An attempt that was too weak has a note in place of scores: the quotient of two gains near 0 says nothing.
+    score = None if "note" in outcome.extra else outcome.score.get(metric)
+    return number(metric, outcome.after[metric]) + ("" if score is None else f" ({score:.2f})")

@@ -49,6 +49,6 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     lowered = {n.lower(): n for n in names}
     if not close and str(name).lower() in lowered:
         close = [lowered[str(name).lower()]]
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"{hint} (choices: {shown})" if shown else hint.rstrip(";")
+    return f"{hint} (choices: {shown})" if shown else hint

@@ -85,7 +85,7 @@ def resolve(argv: Sequence[str], config_name: str, *, files: bool = False) -> Ru
 def _examined(cfg: DictConfig, *, files: bool) -> RunConfig:
     config, problems = load.examine(cfg)
     if config is not None and files:
-        problems += preflight(config)
+        problems += [p for p in preflight(config) if p not in problems]
     if config is None or problems:
         raise ConfigError(problems)
     return config

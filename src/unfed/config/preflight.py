@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unfed.base.errors import DataError, UnfedError
+from unfed.base.errors import ConfigError, DataError, UnfedError
 from unfed.config.checks import datasets
 from unfed.config.schema import FEDERATED_TRAINERS, EvalConfig, RunConfig
 from unfed.data.benchmarks import splits_of
@@ -104,6 +104,8 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
         _logs(given, read_rows(SUITES[given.suite], given.metrics, here, data_dir))
         if config.trainer is not None and config.trainer.args.get("eval_strategy") in ("round", "phase"):
             read_rows(SUITES[given.suite], given.round_metrics, here, data_dir)
+    except ConfigError as e:
+        return list(e.problems)
     except UnfedError as e:
         return [str(e)]
     return []

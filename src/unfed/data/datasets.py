@@ -198,8 +198,8 @@ def _hub_rows(spec: DatasetSpec) -> list[Mapping[str, Any]]:
     except Exception as e:  # the hub client raises a dozen unrelated types
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise DataError(
-            f"cannot load {spec.path} (name {spec.name!r}, split {spec.split!r}) from the hub: {reason}. "
-            f"Without network, put JSON lines in <data root>/{spec.folder}/{spec.name}.json and set "
-            "UNFED_DATA_DIR or paths.data_dir to the data root."
+            f"cannot load {spec.path} (name {spec.name!r}, split {spec.split!r}) from the hub: {reason.rstrip('.')}. "
+            f"Without network, put JSON lines in <data root>/{spec.folder}/{spec.full_name}.json and set "
+            "UNFED_DATA_DIR or paths.data_dir to the data root"
         ) from e
     return [dict(row) for row in rows]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ LIBRARIES = (torch.__version__, transformers.__version__, peft.__version__)
 @dataclass(frozen=True)
 class EvidenceCache:
     """Entries of one model in ``directory``. ``model`` digests its weights, settings and precision, ``base`` those of
-    the model beneath its adapter (``None``: there is none, or another model judges)."""
+    the model beneath its adapter (``None``: there is none, or another model judges). ``tally`` counts the entries that
+    were ``read`` and those that were ``made``."""
 
     directory: Path
     model: str
     base: str | None = None
+    tally: Counter[str] = field(default_factory=Counter, compare=False)
 
     def stats(self, encoded: Sequence[EncodedExample], how: str, *, details: bool, base: bool = False) -> Entry:
         """The entry of scored answers; ``how`` names what else they depend on."""
@@ -60,7 +63,7 @@ class EvidenceCache:
         if model is None:
             return Entry(None)
         key = hashlib.sha256(json.dumps([VERSION, *LIBRARIES, model, kind, how, content]).encode()).hexdigest()
-        return Entry(self.directory / key[:2] / key[2:34])
+        return Entry(self.directory / key[:2] / key[2:34], self.tally)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Entry:
     """One thing that is kept; ``place`` is its path without a suffix (``None``: nothing is kept)."""
 
     place: Path | None
+    tally: Counter[str] = field(default_factory=Counter, compare=False)
 
     def stats(self, encoded: Sequence[EncodedExample]) -> TokenStats | None:
         """Token statistics of ``encoded``, or ``None``."""
@@ -76,6 +80,7 @@ class Entry:
             return None
         hits, mean, var = (found.get(n) for n in ("is_argmax", "mean", "var"))
         hits = None if hits is None else hits.astype(bool)
+        self.tally["read"] += 1
         return TokenStats(found["logp"], found["offsets"], tuple(e.example_id for e in encoded), hits, mean, var)
 
     def keep_stats(self, stats: TokenStats, *, details: bool) -> None:
@@ -88,7 +93,10 @@ class Entry:
     def norms(self, count: int) -> Array | None:
         """Gradient norms of ``count`` answers, or ``None``."""
         found = self._arrays()
-        return found["norms"] if found is not None and len(found.get("norms", ())) == count else None
+        if found is None or len(found.get("norms", ())) != count:
+            return None
+        self.tally["read"] += 1
+        return found["norms"]
 
     def keep_norms(self, norms: Array) -> None:
         """Keep gradient norms."""
@@ -103,6 +111,7 @@ class Entry:
         except ArtifactError:
             return None
         good = isinstance(found, list) and len(found) == count and all(isinstance(t, str) for t in found)
+        self.tally["read"] += good
         return found if good else None
 
     def keep_texts(self, texts: Sequence[str]) -> None:
@@ -124,6 +133,7 @@ class Entry:
     def _write(self, suffix: str, write: Callable[[Path], None]) -> None:
         if self.place is None:
             return
+        self.tally["made"] += 1
         try:
             _make(self.place.parent)
             write(self.place.with_suffix(suffix))

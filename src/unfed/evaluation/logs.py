@@ -155,6 +155,9 @@ def load_model_logs(path: Path | str, key: str = "retain_logs_path") -> ModelLog
 
     Raises ``ArtifactError`` when the file is missing, is no JSON, or holds no metrics at all.
     """
+    if Path(path).is_dir():
+        there = sorted(f.name for f in Path(path).glob("*_EVAL.json"))
+        raise ArtifactError(f"{key}={path}: is a directory; name the file{f' in it: {there[0]}' if there else ''}")
     try:
         found = read_json(path)
     except ArtifactError as e:

@@ -30,7 +30,8 @@ def read_rows(
 ) -> dict[str, list[Example]]:
     """The rows of every split that a wanted metric looks at; one that ``splits`` does not have is left out.
 
-    Raises ``DataError`` naming the file, the missing column, the metrics that need it and those that do not.
+    Rows that are shown as examples are looked at, too. Raises ``DataError`` naming the file, the missing column, the
+    metrics that need it and those that do not.
     """
     found: dict[str, list[Example]] = {}
     for split, columns in needed_columns(suite, metrics).items():
@@ -39,6 +40,8 @@ def read_rows(
         data = splits[split].data
         try:
             found[split] = load_rows(data, data_dir)
+            if (shots := splits[split].shots) is not None:
+                load_rows(shots, data_dir)  # read again when the prompts are made; missing, it is to be said here
         except DataError as e:
             raise DataError(f"{e}. {_who_asks(suite, metrics, {split: columns})}") from e
         for column, names in columns.items():

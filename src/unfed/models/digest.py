@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from unfed.base.artifacts import digest_json
 from unfed.models.adapter import live_tensors
 
-# Settings that say where files lie or who wrote them, not what is computed.
-_UNIMPORTANT = {"_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "peft_version"}
+# Settings that say where files lie, who wrote them or whether weights train, not what is computed.
+_UNIMPORTANT = {
+    "_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,14 @@ def _settings(model: nn.Module) -> str:
 
 
 def _plain(settings: dict[str, Any]) -> str:
-    return str(sorted((k, str(v)) for k, v in settings.items() if k not in _UNIMPORTANT))
+    return str(sorted((k, _ordered(v)) for k, v in settings.items() if k not in _UNIMPORTANT))
+
+
+def _ordered(value: Any) -> str:
+    """``value`` as text. A set's own order changes from one process to the next (PEFT has target_modules in one)."""
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(str, value)))}}}"
+    return str(value)
 
 
 def _tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

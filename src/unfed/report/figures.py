@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from unfed.report.contents import Model
-from unfed.report.labels import LOG10_P, label
+from unfed.report.contents import KNOWN, Model
+from unfed.report.labels import LOG10_P, NOT_OF_KNOWN, label
 
 Draw = Callable[[Axes], None]
 WIDTH = 4.6
@@ -99,7 +99,8 @@ def bars(models: Sequence[Model], metrics: Sequence[str], title: str) -> tuple[D
     """A group of horizontal bars for each metric, a bar for each model, the oracle's value as a line across."""
     paint = colours(models)
     oracle = next((m for m in models if m.role == "oracle"), None)
-    rows = len(metrics) * (len(models) + 1.3)
+    shown = {k: [m for m in models if k in m.summary or not (k in NOT_OF_KNOWN and m.role in KNOWN)] for k in metrics}
+    rows = sum(len(of) + 1.3 for of in shown.values())
 
     def draw(axes: Axes) -> None:
         y = 0.0
@@ -107,7 +108,7 @@ def bars(models: Sequence[Model], metrics: Sequence[str], title: str) -> tuple[D
         for metric in metrics:
             axes.text(0, y, label(metric), fontweight="bold", va="center", fontsize=9)
             top = y + 0.4
-            for m in models:
+            for m in shown[metric]:
                 y += 1
                 ticks.append((y, short(m.name)))
                 value = m.summary.get(metric)

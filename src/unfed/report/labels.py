@@ -98,8 +98,8 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "privleak": (
         "privleak (%)",
         (
-            "How far a membership attack is from its success on the oracle. 0 is the aim: below it the forget rows "
-            "still look trained on, above it they stand out as removed."
+            "How far a membership attack is from its success on the oracle (without one: from guessing). 0 is the aim: "
+            "below it the forget rows still look trained on, above it they stand out as removed."
         ),
     ),
     "mem": (
@@ -141,6 +141,9 @@ SHARES = ("mem", "priv", "utility")
 AGAINST_ORACLE: Mapping[str, str] = {"forget_quality": "> 0.05", LOG10_P: "> -1.3", "privleak": "0", "priv": "1"}
 """Metrics that are a comparison with the oracle already: what a perfect result would be."""
 
+NOT_OF_KNOWN = frozenset({"priv", "utility", "agg"})
+"""Metrics that compare with the oracle or the fine-tuned model, and are seldom asked of these themselves."""
+
 ROLES: Mapping[str, str] = {
     "base": "the model before any fine-tuning: it never saw the data.",
     "finetuned": "after fine-tuning on everything: it knows what is to be forgotten.",
@@ -165,8 +168,10 @@ def number(metric: str, value: float | None) -> str:
 
 
 def target(metric: str, oracle: Mapping[str, float] | None) -> str:
-    """What to aim at: the oracle's value, or that of a comparison with it."""
+    """What to aim at: the oracle's value, or that of a comparison with it (Utility: with the fine-tuned model)."""
     fixed = AGAINST_ORACLE.get(metric)
+    if metric == "utility" and metric not in (oracle or {}):
+        return "1"
     return fixed if fixed is not None else number(metric, oracle.get(metric) if oracle else None)
 
 

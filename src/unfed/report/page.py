@@ -88,10 +88,18 @@ class _Verdict:
 
 def _utility(report: Report, model: Model) -> str:
     before = report.of_role("finetuned")
-    if before is None or not {"model_utility"} <= before.summary.keys() & model.summary.keys():
+    if before is None:
         return ""
-    was, now = before.summary["model_utility"], model.summary["model_utility"]
-    return f"Model utility went from {was:.2f} to {now:.2f}."
+    told = {
+        "model_utility": "Model utility",
+        "forget_fluency": "Fluency of what it answers there",
+    }
+    both = before.summary.keys() & model.summary.keys()
+    return " ".join(
+        f"{words} went from {before.summary[k]:.2f} to {model.summary[k]:.2f}."
+        for k, words in told.items()
+        if k in both
+    )
 
 
 def picture_panels(report: Report) -> list[Panel]:
@@ -122,7 +130,7 @@ def picture_panels(report: Report) -> list[Panel]:
 
 def _meanings(report: Report) -> str:
     told = {
-        "mem": "Mem: little is left in memory.",
+        "mem": "Mem: little is left in memory; more than the oracle's is not needed.",
         "priv": "Priv: membership attacks see what they see in the oracle.",
         "utility": "Utility: share of the fine-tuned model's use that is left.",
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unfed.base.errors import UnfedError
 from unfed.report.contents import KNOWN, Model
-from unfed.report.read import Run, locate, mapping, read_run
+from unfed.report.read import Run, check_comparable, locate, mapping, read_run
 
 SAID = {"base": "base=RUN", "finetuned": "--finetuned RUN", "oracle": "--oracle RUN"}
 
@@ -53,12 +53,14 @@ def models(given: Sequence[Given]) -> tuple[list[Model], list[str]]:
     """
     notes: list[str] = []
     items = _pair([(g, read_run(g.place)) for g in given])
+    check_comparable([i.evaluated for i in items if i.evaluated])  # before others are found, so that these are named
+    items = _with_named_logs(items, notes)
     items = [replace(i, role=i.role or _role(i, items)) for i in items]
     items = _one_of_each(items, {g.place.resolve(): g.role for g in given if g.role})
     unlearned = [r for i in items if i.role == "unlearned" for r in i.runs]
-    for role, find in (("oracle", _oracle_places), ("finetuned", _start_places)):
+    for role, find in (("oracle", _oracle_places), ("finetuned", _finetuned_places)):
         if role not in {i.role for i in items}:
-            items += _found(role, find(unlearned), notes)
+            items += _found(role, find(unlearned), unlearned, notes)
     order = (*KNOWN, "unlearned", "other")
     items.sort(key=lambda i: order.index(i.role or "other"))
     names = _names(items)
@@ -79,6 +81,7 @@ def _pair(runs: Sequence[tuple[Given, Run]]) -> list[Item]:
         if training is None or k is None:
             items.append(Item(training or _trained_elsewhere(run), run, given.name, given.role))
         else:
+            check_comparable([*items[k].runs[:1], run])
             items[k] = replace(
                 items[k], evaluated=run, name=given.name or items[k].name, role=given.role or items[k].role
             )
@@ -104,11 +107,8 @@ def _trained_elsewhere(run: Run) -> Run | None:
     source = _source(run)
     if source is None or not source.is_dir():
         return None
-    try:
-        other = read_run(source)
-    except UnfedError:
-        return None
-    return _trained_by(run, [other]) if _trains(other) else None
+    other = _readable(source)
+    return _trained_by(run, [other]) if other is not None and _trains(other) else None
 
 
 def _source(run: Run) -> Path | None:
@@ -118,11 +118,47 @@ def _source(run: Run) -> Path | None:
     return locate(str(path), run.place) if path else None
 
 
-def _oracle_places(runs: Iterable[Run]) -> list[Path]:
-    """Directories whose log some run was compared with."""
-    logs = [(mapping(r.config.get("eval")).get("retain_logs_path"), r.place) for r in runs]
+def _log_places(runs: Iterable[Run], key: str) -> list[Path]:
+    """Directories of the logs that runs name under ``eval``."""
+    logs = [(mapping(r.config.get("eval")).get(key), r.place) for r in runs]
     found = [place.parent for path, seen in logs if path and (place := locate(str(path), seen))]
     return list(dict.fromkeys(found))
+
+
+def _oracle_places(runs: Iterable[Run]) -> list[Path]:
+    """Directories whose log some run was compared with."""
+    return _log_places(runs, "retain_logs_path")
+
+
+def _finetuned_places(runs: Sequence[Run]) -> list[Path]:
+    """Directories of the fine-tuned model's log; where none is named, of the models that unlearning began with."""
+    return _log_places(runs, "finetuned_logs_path") or _start_places(runs)
+
+
+def _with_named_logs(items: Sequence[Item], notes: list[str]) -> list[Item]:
+    """A training run without an evaluation takes one of its adapter that another run's configuration names.
+
+    ``oracle=auto`` writes such evaluations into directories of their own.
+    """
+    runs = [r for i in items for r in i.runs]
+    places = [*_oracle_places(runs), *_log_places(runs, "finetuned_logs_path")]
+    logs = [r for p in places if (r := _readable(p)) is not None and r.suite is not None]
+    found = []
+    for item in items:
+        own = next((r for r in logs if item.training and _trained_by(r, [item.training])), None)
+        if item.evaluated is None and own is not None:
+            notes.append(f"{item.runs[0].place}: its evaluation was found at {own.place}.")
+            found.append(replace(item, evaluated=own))
+        else:
+            found.append(item)
+    return found
+
+
+def _readable(place: Path) -> Run | None:
+    try:
+        return read_run(place)
+    except UnfedError:
+        return None
 
 
 def _start_places(runs: Iterable[Run]) -> list[Path]:
@@ -184,19 +220,21 @@ def _which(role: str, rivals: Sequence[Item]) -> str:
     )
 
 
-def _found(role: str, places: Sequence[Path], notes: list[str]) -> list[Item]:
-    """The one run that the others' configuration names for a role, if it can be read and has an evaluation."""
-    if len(places) != 1:
-        return []
-    try:
-        run = read_run(places[0])
-    except UnfedError:
+def _found(role: str, places: Sequence[Path], beside: Sequence[Run], notes: list[str]) -> list[Item]:
+    """The one run that the others' configuration names for a role, if it can be read and stand ``beside`` them."""
+    run = _readable(places[0]) if len(places) == 1 else None
+    if run is None:
         return []
     if run.suite is None:
-        notes.append(f"{role}: {places[0]} has no evaluation. Evaluate it and give that run with {SAID[role]}.")
+        notes.append(f"{role}: {run.place} has no evaluation. Evaluate it and give that run with {SAID[role]}.")
         return []
-    notes.append(f"{role}: found at {places[0]}, which the configuration of the unlearning run names.")
-    return [Item(run if _trains(run) else None, run, role=role)]
+    try:
+        check_comparable([*[r for r in beside if r.suite is not None][:1], run])
+    except UnfedError as e:
+        notes.append(f"{role}: {run.place} is left out. {e}.")
+        return []
+    notes.append(f"{role}: found at {run.place}, which the configuration of the unlearning run names.")
+    return [Item(run if _trains(run) else _trained_elsewhere(run), run, role=role)]
 
 
 def _names(items: Sequence[Item]) -> list[str]:
@@ -241,6 +279,9 @@ def _remarks(item: Item, name: str) -> list[str]:
     found = []
     if item.evaluated is None:
         found.append(f"{name}: {item.runs[0].place} has no evaluation, so only its cost is shown.")
+    leak = mapping((item.evaluated.entries if item.evaluated else {}).get("privleak"))
+    if item.role != "oracle" and leak.get("agg_value") is not None and leak.get("why"):
+        found.append(f"{name}: privleak is no comparison with an oracle: {leak['why']}.")
     for run in {r.place: r for r in item.runs}.values():
         status = run.record.get("status")
         if status not in (None, "finished"):
