@@ -61,7 +61,7 @@ def test_every_check_from_the_command_line(check, finetuned, small_base, capsys)
         # What was measured before is the evaluation's own number, wherever that has the metric.
         for metric in set(found["before"]) & set(result.summary):
             assert found["before"][metric] == result.summary[metric]
-    assert done["relearn"]["settings"] == {"learning_rate": 2e-5, "epochs": 1.0, "batch_size": 2, "seed": 0}
+    assert done["relearn"]["settings"] == {"learning_rate": 2e-4, "epochs": 1.0, "batch_size": 2, "seed": 0}
     assert done["relearn"]["oracle"]["before"]["forget_Q_A_Prob"] < done["relearn"]["before"]["forget_Q_A_Prob"]
     assert done["merge"]["after"]["forget_Q_A_Prob"] == pytest.approx(result.summary["forget_Q_A_Prob"], abs=1e-4)
     assert "simulated" in done["quantize_4bit"]["did"]

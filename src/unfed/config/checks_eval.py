@@ -95,7 +95,7 @@ def _robustness(config: RunConfig, given: RobustnessConfig) -> Iterator[str]:
 
 def _relearning_and_sampling(key: str, given: RobustnessConfig) -> Iterator[str]:
     if (r := given.relearn) is not None:
-        rules = {"learning_rate": r.learning_rate, "epochs": r.epochs}
+        rules = {"learning_rate": 1.0 if r.learning_rate is None else r.learning_rate, "epochs": r.epochs}
         yield from (
             f"{key}.relearn.{n}={v}: must be above 0, and finite" for n, v in rules.items() if not 0 < v < math.inf
         )

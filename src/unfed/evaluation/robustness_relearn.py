@@ -39,10 +39,11 @@ Opened = Callable[[], AbstractContextManager[nn.Module]]
 
 @dataclass(frozen=True)
 class Relearning:
-    """AdamW with a linearly falling rate, whole batches, no weight decay; the defaults are OpenUnlearning's rate and
-    length (App. E.2 of arXiv 2506.12618)."""
+    """AdamW with a linearly falling rate, whole batches, no weight decay; the length is OpenUnlearning's, and so is the
+    default rate of whole weights, 2e-5 (App. E.2 of arXiv 2506.12618). An adapter, which that rate hardly moves, takes
+    ten times as much."""
 
-    learning_rate: float = 2e-5
+    learning_rate: float | None = None
     epochs: float = 1.0
     batch_size: int = 8
     seed: int = 0
@@ -54,6 +55,8 @@ def relearning(subject: Subject, settings: Relearning, oracle: Opened | None = N
     Departure from OpenUnlearning, which trains all weights: of a model with an adapter the adapter trains alone.
     Raises ``CannotBeDoneError`` for a whole model in float16, which plain AdamW does not train.
     """
+    if settings.learning_rate is None:
+        settings = replace(settings, learning_rate=2e-4 if isinstance(subject.model, PeftModel) else 2e-5)
     after, trained = _relearned(subject, settings)
     before = {name: subject.before.get(name) for name in after}
     rows = f"{len(subject.forget)} forget rows"

@@ -52,7 +52,7 @@ def _what(before: float, aim: float, now: float, words: str) -> str:
     gone = (before - now) / (before - aim)
     fell = f"{words} fell from {before:.2f} to {now:.2f}"
     if gone >= 1.05:
-        return f" forgot more than it had to: {fell}, below the oracle's {aim:.2f}, which can be noticed too"
+        return f" forgot more than it had to: {fell}, below the oracle's {aim:.2f}"
     if gone >= 0.8:
         return f" forgot: {fell}; the oracle, which never saw them, has {aim:.2f}"
     if gone >= 0.3:
