@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -132,6 +133,7 @@ def read(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Sequence[Exampl
         split: load_rows(where.data, given.data)
         for split, where in tofu_splits("locuslab/TOFU", given.forget, limit=given.limit).items()
     }
+    rows = {split: own[: math.ceil(len(own) * given.share)] for split, own in rows.items()}
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(given.model), rows
 
@@ -177,7 +179,7 @@ def in_process_of_its_own(given: argparse.Namespace, side: str, metrics: str) ->
     """:func:`one` in a child process."""
     command = [sys.executable, __file__, given.what, "--model", given.model, "--data", given.data, "--side", side,
                "--forget", given.forget, "--metrics", metrics, "--new-tokens", str(given.new_tokens),
-               "--threads", str(given.threads), *(["--limit", str(given.limit)] if given.limit else [])]  # fmt: skip
+               "--threads", str(given.threads), "--share", str(given.share), *(["--limit", str(given.limit)] if given.limit else [])]  # fmt: skip
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the data root: it holds tofu/")
     parser.add_argument("--forget", default=None, help="default: forget10 for tofu, forget01 for suite")
     parser.add_argument("--limit", type=int, help="rows of each split")
+    parser.add_argument("--share", type=float, default=1.0, help="of each split's rows, which keeps their proportions")
     parser.add_argument("--metrics", choices=("default", "all"), default="default", help="of suite")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--threads", type=int, help="default: 1 for tofu, all cores for suite")

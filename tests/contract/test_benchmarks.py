@@ -96,7 +96,7 @@ def test_both_evaluations_do_the_same_work(bench, shared_dir, monkeypatch):
     found = {}
     for side in bench["evaluation"].SIDES:
         given = argparse.Namespace(model=model, data=str(shared_dir / "data"), forget="forget01", limit=3, side=side,
-                                   metrics="all", new_tokens=8, threads=1)  # fmt: skip
+                                   metrics="all", new_tokens=8, threads=1, share=1.0)  # fmt: skip
         found[side] = bench["evaluation"].one(given)
     for side in ("one_pass_per_metric", "shared_by_name"):
         agreed = bench["evaluation"].agreement(found["unfed"], found[side])
