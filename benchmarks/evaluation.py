@@ -177,9 +177,11 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
 
 def in_process_of_its_own(given: argparse.Namespace, side: str, metrics: str) -> dict[str, Any]:
     """:func:`one` in a child process."""
-    command = [sys.executable, __file__, given.what, "--model", given.model, "--data", given.data, "--side", side,
-               "--forget", given.forget, "--metrics", metrics, "--new-tokens", str(given.new_tokens),
-               "--threads", str(given.threads), "--share", str(given.share), *(["--limit", str(given.limit)] if given.limit else [])]  # fmt: skip
+    settings = {"model": given.model, "data": given.data, "side": side, "forget": given.forget, "metrics": metrics,
+                "new-tokens": given.new_tokens, "threads": given.threads, "share": given.share,
+                "limit": given.limit}  # fmt: skip
+    words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+    command = [sys.executable, __file__, given.what, *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
