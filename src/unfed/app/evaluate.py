@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
@@ -29,7 +30,7 @@ from unfed.models.adapter import snapshot
 from unfed.models.digest import model_digest
 from unfed.models.generate import Budget, Decoding
 from unfed.models.load import LoadedModel, fingerprint, load_model
-from unfed.models.spec import TokenizerArgs
+from unfed.models.spec import ModelArgs, TokenizerArgs
 
 
 def evaluation_splits(config: EvalConfig) -> dict[str, EvaluationSplit]:
@@ -82,15 +83,17 @@ def _reference(config: RunConfig, loaded: LoadedModel) -> Callable[[], AbstractC
     if path is None:
         return None
     args = replace(config.model.model_args, pretrained_model_name_or_path=path, lora_model_path=None, use_lora=False)
+    return partial(another_model, args, loaded, "eval.reference_model_path")
 
-    @contextmanager
-    def opened() -> Iterator[nn.Module]:
-        found = load_model(args, TokenizerArgs(), trainable=False)
-        if found.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-            raise ConfigError([f"eval.reference_model_path={path}: its tokenizer is another one than the model's"])
-        yield found.model
 
-    return opened
+@contextmanager
+def another_model(args: ModelArgs, loaded: LoadedModel, key: str) -> Iterator[nn.Module]:
+    """A model opened beside ``loaded``, for a ``with`` block; ``ConfigError`` naming ``key`` for another tokenizer."""
+    found = load_model(args, TokenizerArgs(), trainable=False)
+    if found.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        path = args.pretrained_model_name_or_path
+        raise ConfigError([f"{key}={path}: its tokenizer is another one than the model's"])
+    yield found.model
 
 
 def _cache(config: EvalConfig, loaded: LoadedModel) -> EvidenceCache | None:
@@ -125,19 +128,15 @@ def evaluate_model(
     if logs is not None and isinstance(loaded.model, PeftModel):
         logs.check_base(loaded.fingerprint)
     rows = evaluation_rows(given, config.paths.data_dir) if rows is None else rows
-    check_tokens(config, loaded, rows)
+    suite = suite_of(given, config.paths.data_dir)
+    _tokenise(config, loaded, suite, rows)
     with console.status("evaluating") as status:
 
         def progress(what: str, done: int, total: int) -> None:
             status.update(f"evaluating {what}: {done}/{total}")
 
         cache = _cache(given, loaded)
-        suite = replace(
-            suite_of(given, config.paths.data_dir),
-            progress=progress,
-            reference=_reference(config, loaded),
-            cache=cache,
-        )
+        suite = replace(suite, progress=progress, reference=_reference(config, loaded), cache=cache)
         result = evaluate(loaded.model, loaded.tokenizer, config.model.template_args, suite, rows, logs)
     seen = seen_rows(loaded.adapter_path)
     forgotten = sum(row["id"] in seen for row in rows.get("forget", ())) if seen else None
@@ -163,17 +162,24 @@ def say_remarks(result: EvalResult, wanted: Sequence[str]) -> None:
         say(f"privleak is no comparison with an oracle: {leak.why}")
 
 
-def check_tokens(config: RunConfig, loaded: LoadedModel, rows: Mapping[str, Sequence[Example]] | None = None) -> None:
-    """Tokenise what the evaluation will score, before anything is trained or scored; the tokens are kept.
+def check_tokens(config: RunConfig, loaded: LoadedModel) -> None:
+    """Tokenise what the evaluation will score, before anything is trained; the tokens are kept.
 
     Raises ``DataError`` naming the file and the column of which template and ``eval.max_length`` leave no token.
     """
     given, data_dir = config.eval, config.paths.data_dir
     if given is None or not given.enabled or given.suite == "lm_eval":
         return
-    splits, suite = evaluation_splits(given), suite_of(given, data_dir)
-    if rows is None:
-        rows = read_rows(suite.suite, given.metrics, splits, data_dir)
+    suite = suite_of(given, data_dir)
+    _tokenise(config, loaded, suite, read_rows(suite.suite, given.metrics, evaluation_splits(given), data_dir))
+
+
+def _tokenise(
+    config: RunConfig, loaded: LoadedModel, suite: SuiteConfig, rows: Mapping[str, Sequence[Example]]
+) -> None:
+    given, data_dir = config.eval, config.paths.data_dir
+    assert given is not None
+    splits = evaluation_splits(given)
     how = Pass(
         loaded.model, loaded.tokenizer, config.model.template_args, max_length=given.max_length, layouts=suite.layouts
     )

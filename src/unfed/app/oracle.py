@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unfed.app.evaluate import evaluation_rows
-from unfed.app.probe import ORIGIN_FILE
+from unfed.app.probe import origin_of
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, seen_rows, training_identity
 from unfed.base.artifacts import digest_file, digest_json, read_json
@@ -82,7 +82,7 @@ def oracle_config(config: RunConfig) -> RunConfig:
         overwrite=False,
     )
     parts = [training_identity(oracle), sorted(rows), digest_file(manifest) if manifest.is_file() else None]
-    name = f"{source.name}_{digest_json([*parts, _base(source)]).rpartition(':')[2][:12]}"
+    name = f"{source.name}_{digest_json([*parts, origin_of(source).get('base_fingerprint')]).rpartition(':')[2][:12]}"
     place = Path(config.paths.root_dir) / "saves" / "oracle" / name
     oracle = replace(oracle, task_name=name, paths=replace(made.paths, output_dir=str(place)))
     problems = preflight(oracle)
@@ -133,8 +133,7 @@ def finetuned_run(config: RunConfig) -> Path:
 
 def _configuration(source: Path) -> RunConfig:
     """The configuration of a finished fine-tuning."""
-    found = read_json(source / RUN_FILE)
-    stored = found.get("config") if isinstance(found, dict) else None
+    stored = _record(source).get("config")
     made, problems = validate(stored) if isinstance(stored, dict) else (None, ["it holds no configuration"])
     if made is None or problems:
         raise ArtifactError(
@@ -147,12 +146,6 @@ def _configuration(source: Path) -> RunConfig:
             "as retain_logs_path"
         )
     return made
-
-
-def _base(source: Path) -> str | None:
-    file = source / ORIGIN_FILE
-    found = read_json(file) if file.is_file() else {}
-    return found.get("base_fingerprint") if isinstance(found, dict) else None
 
 
 def _evaluated(config: RunConfig, model: Path, below: Path, retain_logs: str | None, start: Start) -> Path:

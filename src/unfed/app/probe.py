@@ -16,11 +16,11 @@ ORIGIN_FILE = "unfed.json"
 PROBE_ROWS = 8
 
 
-def origin_of(loaded: LoadedModel) -> Mapping[str, Any]:
-    """What the run that made this adapter wrote beside it (nothing for an adapter from elsewhere)."""
-    if loaded.adapter_path is None or not (Path(loaded.adapter_path) / ORIGIN_FILE).is_file():
+def origin_of(adapter: str | Path | None) -> Mapping[str, Any]:
+    """What the run that made an adapter wrote beside it (nothing for an adapter from elsewhere)."""
+    if adapter is None or not (Path(adapter) / ORIGIN_FILE).is_file():
         return {}
-    found = read_json(Path(loaded.adapter_path) / ORIGIN_FILE)
+    found = read_json(Path(adapter) / ORIGIN_FILE)
     return found if isinstance(found, Mapping) else {}
 
 
@@ -39,7 +39,7 @@ def probe_forget_loss(
         return {}
     probe = forget_loss(local, clients)
     assert probe is not None  # a target owns forget rows
-    now, stored = probe["value"], origin_of(loaded).get("forget_loss")
+    now, stored = probe["value"], origin_of(loaded.adapter_path).get("forget_loss")
     agrees = None
     if stored is not None and stored.get("ids") == probe["ids"]:
         agrees = bool(abs(now - stored["value"]) <= 0.1 + 0.1 * abs(stored["value"]))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
 from rich.table import Table
-from torch import nn
 
-from unfed.app.evaluate import evaluation_splits, suite_of
+from unfed.app.evaluate import another_model, evaluation_splits, suite_of
 from unfed.app.progress import console, say
 from unfed.base.artifacts import write_json
-from unfed.base.errors import ConfigError
 from unfed.base.types import Example
 from unfed.config.schema import RobustnessConfig, RunConfig
 from unfed.data.datasets import data_digest, place_of
@@ -28,9 +25,8 @@ from unfed.evaluation.rows import read_rows
 from unfed.evaluation.runner import EvalResult
 from unfed.evaluation.suites import SUITES
 from unfed.models.adapter import snapshot
-from unfed.models.load import LoadedModel, load_model
+from unfed.models.load import LoadedModel
 from unfed.models.source import is_adapter_dir
-from unfed.models.spec import TokenizerArgs
 from unfed.report.labels import METRICS, number
 
 ROBUSTNESS_FILE = "ROBUSTNESS.json"
@@ -120,15 +116,7 @@ def _oracle(config: RunConfig, given: RobustnessConfig, loaded: LoadedModel) -> 
     args = replace(
         own, pretrained_model_name_or_path=path, lora_model_path=None, base_model_name_or_path=base, use_lora=False
     )
-
-    @contextmanager
-    def opened() -> Iterator[nn.Module]:
-        found = load_model(args, TokenizerArgs(), trainable=False)
-        if found.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-            raise ConfigError([f"eval.robustness.oracle_path={path}: its tokenizer is another one than the model's"])
-        yield found.model
-
-    return opened
+    return partial(another_model, args, loaded, "eval.robustness.oracle_path")
 
 
 def _write(

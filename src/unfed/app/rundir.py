@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from unfed.base.artifacts import LOCK_NAME, read_json, remove_leftovers, run_lock, write_json
+from unfed.base.artifacts import LOCK_NAME, RUN_FILE, read_json, remove_leftovers, run_lock, write_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import RunConfig
 from unfed.federated.checkpoint import Checkpoints
 
-RUN_FILE = "run.json"
 PARTITION_FILE = "partition.json"
 TRAIN_ROWS_FILE = "train_rows.json"
 """Ids of all rows that an adapter, or one that it goes on from, was trained on: an oracle's has none to forget."""

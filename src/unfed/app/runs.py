@@ -110,7 +110,7 @@ def _open(config: RunConfig, *, trainable: bool) -> LoadedModel:
 
 
 def _same_base(loaded: LoadedModel) -> None:
-    stored = origin_of(loaded).get("base_fingerprint")
+    stored = origin_of(loaded.adapter_path).get("base_fingerprint")
     if stored is not None and not same_base(stored, loaded.fingerprint):
         raise AdapterError(
             f"the adapter {loaded.adapter_path} was trained on another base model than {loaded.base} (their weights "

@@ -20,6 +20,10 @@ from safetensors.torch import load_file, save_file
 from unfed.base.errors import ArtifactError
 from unfed.base.types import AdapterState
 
+RUN_FILE = "run.json"
+"""What a run directory says about its run."""
+RUN_KEY = "_run"
+"""Entry of a result file that says which model and rows were scored; other tools' files have none."""
 LOCK_NAME = ".unfed.lock"
 
 

@@ -78,19 +78,29 @@ def _stats(
     found: dict[Column, TokenStats] = {}
     entries = {c: _entry(given, own, details[c]) for c, own in encoded.items()}
     for c, own in encoded.items():
-        # What was kept with the moments serves where they are not asked for, too.
-        for entry in (entries[c], _entry(given, own, True)):
-            stored = None if c in found else entry.stats(own)
-            if stored is not None:
-                found[c] = stored
+        stored = entries[c].stats(own)
+        if stored is None and not details[c]:
+            # What was kept with the moments serves where they are not asked for, too.
+            stored = _entry(given, own, True).stats(own)
+        if stored is not None:
+            found[c] = stored
     todo = {c: own for c, own in encoded.items() if c not in found}
-    if todo:
-        flat = [e for own in todo.values() for e in own]
-        fresh = score(given, flat, [details[c] for c, own in todo.items() for _ in own])
-        for c, stats in _by_column(fresh, todo).items():
-            found[c] = stats
-            entries[c].keep_stats(stats, details=details[c])
-    return found
+    return found | _scored_and_kept(given, todo, details, entries)
+
+
+def _scored_and_kept(
+    given: Pass,
+    todo: Mapping[Column, Sequence[EncodedExample]],
+    details: Mapping[Column, bool],
+    entries: Mapping[Column, Entry],
+) -> dict[Column, TokenStats]:
+    if not todo:
+        return {}
+    flat = [e for own in todo.values() for e in own]
+    fresh = _by_column(score(given, flat, [details[c] for c, own in todo.items() for _ in own]), todo)
+    for c, stats in fresh.items():
+        entries[c].keep_stats(stats, details=details[c])
+    return fresh
 
 
 def _entry(given: Pass, own: Sequence[EncodedExample], details: bool, base: bool = False) -> Entry:
@@ -112,14 +122,10 @@ def _under_reference(given: Pass, encoded: Mapping[Column, Sequence[EncodedExamp
     stored = {c: entries[c].stats(own) for c, own in encoded.items()}
     found = {c: s for c, s in stored.items() if s is not None}
     todo = {c: own for c, own in encoded.items() if c not in found}
-    if todo:
-        flat = [e for own in todo.values() for e in own]
-        with given.reference() as model, inference(model):
-            fresh = score(replace(given, model=model), flat, [False] * len(flat))
-        for c, stats in _by_column(fresh, todo).items():
-            found[c] = stats
-            entries[c].keep_stats(stats, details=False)
-    return found
+    if not todo:
+        return found
+    with given.reference() as model, inference(model):
+        return found | _scored_and_kept(replace(given, model=model), todo, dict.fromkeys(todo, False), entries)
 
 
 def _with_extras(

@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from unfed.base.artifacts import read_json
+from unfed.base.artifacts import RUN_KEY, read_json
 from unfed.base.errors import ArtifactError
 from unfed.metrics.stats import Array
 from unfed.models.load import same_base
-
-RUN_KEY = "_run"
-"""Entry of a TOFU_EVAL.json that says which rows were scored; other tools' files have none."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from unfed.metrics.stats import Score
 
@@ -31,17 +32,16 @@ def harmonic_mean(values: Sequence[float]) -> float:
 
 def model_utility(parts: Mapping[str, Score]) -> Score:
     """``model_utility``: the harmonic mean of its nine parts (TOFU, 2401.06121); a zero part makes it 0."""
-    values: list[float] = []
-    missing: list[str] = []
-    for name in UTILITY_PARTS:
-        value = parts[name].value if name in parts else None
-        if value is None:
-            missing.append(name)
-        else:
-            values.append(value)
+    values = {name: parts[name].value if name in parts else None for name in UTILITY_PARTS}
+    return replace(_harmonic(values), higher_is_better=True)
+
+
+def _harmonic(values: Mapping[str, float | None]) -> Score:
+    """The harmonic mean of named numbers, or which of them are missing."""
+    missing = [name for name, value in values.items() if value is None]
     if missing:
-        return Score(None, why=f"no value for {', '.join(missing)}", higher_is_better=True)
-    return Score(harmonic_mean(values), higher_is_better=True)
+        return Score(None, why=f"no value for {', '.join(missing)}")
+    return Score(harmonic_mean([v for v in values.values() if v is not None]))
 
 
 MEMORISATION_PARTS = ("extraction_strength", "exact_memorization", "forget_Q_A_PARA_Prob")
@@ -57,10 +57,7 @@ def memorisation(parts: Mapping[str, Score], truth_share: float | None) -> Score
     ``truth_share`` is the truth ratio as correct / (correct + wrong), as that code has it since commit d3d7cf9.
     """
     values = {name: parts[name].value for name in MEMORISATION_PARTS} | {"the truth ratio": truth_share}
-    missing = [name for name, value in values.items() if value is None]
-    if missing:
-        return Score(None, why=f"no value for {', '.join(missing)}")
-    return Score(harmonic_mean([1 - v for v in values.values() if v is not None]))
+    return _harmonic({name: None if value is None else 1 - value for name, value in values.items()})
 
 
 def privacy(attacks: Mapping[str, Score], references: Mapping[str, float]) -> Score:
@@ -102,8 +99,4 @@ def relative_utility(parts: Mapping[str, Score], finetuned: Mapping[str, float])
 
 def overall(parts: Mapping[str, Score]) -> Score:
     """``agg``: HM(Mem, Priv, Utility) (2506.12618, F.1). Show the parts beside it."""
-    values = {name: parts[name].value for name in OVERALL_PARTS}
-    missing = [name for name, value in values.items() if value is None]
-    if missing:
-        return Score(None, why=f"no value for {', '.join(missing)}")
-    return Score(harmonic_mean([v for v in values.values() if v is not None]))
+    return _harmonic({name: parts[name].value for name in OVERALL_PARTS})

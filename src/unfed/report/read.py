@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unfed.base.artifacts import read_json
+from unfed.base.artifacts import RUN_FILE, RUN_KEY, read_json
 from unfed.base.errors import ArtifactError, UnfedError, nearest
 from unfed.report.contents import Cost, Point
 from unfed.report.labels import LOG10_P
 
-RUN_FILE = "run.json"
-RUN_KEY = "_run"
 PREFERRED = "TOFU"
 
 
