@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unfed.base.types import IGNORE_INDEX, Batch, Split
 from unfed.models.adapter import snapshot
-from unfed.objectives.base import KLPositions, Objective, StepContext
+from unfed.objectives.base import Positions, Objective, StepContext
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
 from unfed.objectives.registry import UNLEARNING_METHODS, build_objective
@@ -113,7 +113,7 @@ class PlainContext:
     def nll(self, split: Split) -> Tensor:
         return self.token_mean(split, -self.logps(split))
 
-    def kl(self, split: Split, positions: KLPositions = "answer") -> Tensor:
+    def kl(self, split: Split, positions: Positions = "answer") -> Tensor:
         reference, policy = self.reference_logits(split), self.logits(split)
         if positions == "all":
             return kl_divergence(reference, policy).sum() / self.whole[split].labels.numel()

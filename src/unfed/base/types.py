@@ -139,11 +139,14 @@ class LossTerms:
 
     ``total`` is differentiable; over the micro-batches of a step the totals *add up* to the step's loss
     (each is already divided by the step's own token or example counts). ``parts`` are detached scalars
-    for the log (``forget``, ``retain``, ``proximal``), and add up in the same way.
+    for the log (``forget``, ``retain``, ``proximal``), and add up in the same way. ``terms`` are the summands of
+    ``total`` with their weights, differentiable, where an objective can tell them apart: a wrapper that treats the
+    gradients of ``forget`` and ``retain`` differently asks for them.
     """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from unfed.base.types import LossTerms, Split
 
 RetainLoss = Literal["NLL", "KL"]
 Parity = Literal["openunlearning"]
-KLPositions = Literal["answer", "all"]
+Positions = Literal["answer", "all"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StepContext(Protocol):
         """``token_mean(split, -logps(split))``: the cross-entropy as transformers reports it, a scalar."""
         ...
 
-    def kl(self, split: Split, positions: KLPositions = "answer") -> Tensor:
+    def kl(self, split: Split, positions: Positions = "answer") -> Tensor:
         """Mean of KL(reference || policy) in nats, a scalar. Needs ``Needs.reference_distribution``.
 
         ``answer``: over the positions that predict a labelled token, divided by their number in the whole
@@ -77,8 +77,35 @@ class StepContext(Protocol):
         """
         ...
 
+    def logits(self, split: Split, positions: Positions = "answer") -> Tensor:
+        """Logits of the positions that predict a labelled token ``(N, V)``, or of all ``(B, T, V)``, in the model's
+        dtype, differentiable."""
+        ...
+
+    def labels(self, split: Split) -> Tensor:
+        """The labelled tokens that ``logits(split)`` and ``token_logps(split)`` are about, ``(N,)``, int64."""
+        ...
+
+    def reference_logits(self, split: Split, positions: Positions = "answer") -> Tensor:
+        """As ``logits``, under the frozen reference policy, without gradient. Needs
+        ``Needs.reference_distribution``."""
+        ...
+
+    def count(self, split: Split, positions: Positions) -> int:
+        """How many such positions the whole step has (1 at least): what a mean over them divides by."""
+        ...
+
     def hidden(self, split: Split, layer: int) -> Tensor:
         """Hidden states after ``layer`` (0 is the embedding's output), shape ``(B, T, H)``."""
+        ...
+
+    def reference_hidden(self, split: Split, layer: int) -> Tensor:
+        """As ``hidden``, under the frozen reference policy, without gradient. Needs
+        ``Needs.reference_distribution``."""
+        ...
+
+    def label_mask(self, split: Split) -> Tensor:
+        """Positions whose own token is labelled, ``(B, T)``, bool (no shift: ``labels != IGNORE_INDEX``)."""
         ...
 
     def adapter_distance_sq(self) -> Tensor:

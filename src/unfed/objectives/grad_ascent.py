@@ -23,4 +23,4 @@ class GradAscent(Hyperparameters):
     def __call__(self, ctx: StepContext) -> LossTerms:
         """See :meth:`unfed.objectives.base.Objective.__call__`."""
         loss = -ctx.nll("forget")
-        return LossTerms(loss, {"forget": loss.detach()})
+        return LossTerms(loss, {"forget": loss.detach()}, {"forget": loss})

@@ -35,4 +35,5 @@ class Proximal(Hyperparameters):
         """See :meth:`unfed.objectives.base.Objective.__call__`."""
         terms = self.inner(ctx)
         proximal = (0.5 * self.mu * ctx.micro_share()) * ctx.adapter_distance_sq()
-        return LossTerms(terms.total + proximal, {**terms.parts, "proximal": proximal.detach()})
+        parts = {**terms.parts, "proximal": proximal.detach()}
+        return LossTerms(terms.total + proximal, parts, {**terms.terms, "proximal": proximal} if terms.terms else {})

@@ -42,8 +42,10 @@ class WithRetain(Hyperparameters):
 
     def _total(self, ctx: StepContext, forget: Tensor) -> LossTerms:
         """Join the forget term with the retain term; the parts are logged without their weights."""
+        terms = {"forget": self.gamma * forget}
         if self.alpha == 0:
-            return LossTerms(self.gamma * forget, {"forget": forget.detach()})
+            return LossTerms(terms["forget"], {"forget": forget.detach()}, terms)
         retain = retain_loss(ctx, self.retain_loss_type, self.parity)
-        total = self.gamma * forget + self.alpha * retain
-        return LossTerms(total, {"forget": forget.detach(), "retain": retain.detach()})
+        terms["retain"] = self.alpha * retain
+        total = terms["forget"] + terms["retain"]
+        return LossTerms(total, {"forget": forget.detach(), "retain": retain.detach()}, terms)

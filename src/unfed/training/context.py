@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unfed.base.errors import UnfedError
-from unfed.base.types import AdapterState, Batch, Split
+from unfed.base.types import IGNORE_INDEX, AdapterState, Batch, Split
 from unfed.models.adapter import WeightSwap, live_tensors
 from unfed.models.forward import (
     LabelledLogits,
@@ -20,7 +20,7 @@ from unfed.models.forward import (
     labelled_logits,
     per_answer,
 )
-from unfed.objectives.base import KLPositions
+from unfed.objectives.base import Positions
 from unfed.objectives.tokens import kl_divergence
 from unfed.training.batches import StepTotals
 
@@ -53,12 +53,18 @@ class Reference:
         return torch.stack([self._logps[split, i] for i in batch.example_ids]).to(batch.input_ids.device)
 
     @torch.no_grad()
-    def logits(self, batch: Batch, positions: KLPositions) -> Tensor:
+    def logits(self, batch: Batch, positions: Positions) -> Tensor:
         """The reference's logits at the labelled positions ``(N, V)``, or at all ``(B, T, V)``."""
         with self._swap.active():
             return (
                 labelled_logits(self._model, batch).logits if positions == "answer" else all_logits(self._model, batch)
             )
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch, layer: int) -> Tensor:
+        """The reference's hidden states after ``layer``, ``(B, T, H)``."""
+        with self._swap.active():
+            return hidden_states(self._model, batch, layer)
 
 
 class Anchor:
@@ -137,17 +143,41 @@ class ModelContext:
         """See the protocol."""
         return self.token_mean(split, -self.token_logps(split))
 
-    def kl(self, split: Split, positions: KLPositions = "answer") -> Tensor:
+    def kl(self, split: Split, positions: Positions = "answer") -> Tensor:
         """See the protocol."""
-        batch = self._batches[split]
-        theirs = self._reference().logits(batch, positions)
-        mine = self._labelled(split).logits if positions == "answer" else all_logits(self._model, batch)
-        count = self._totals.tokens[split] if positions == "answer" else self._totals.positions[split]
-        return kl_divergence(theirs, mine).sum() / max(1, count)
+        theirs = self.reference_logits(split, positions)
+        return kl_divergence(theirs, self.logits(split, positions)).sum() / self.count(split, positions)
+
+    def logits(self, split: Split, positions: Positions = "answer") -> Tensor:
+        """See the protocol."""
+        if positions == "answer":
+            return self._labelled(split).logits
+        return all_logits(self._model, self._batches[split])
+
+    def labels(self, split: Split) -> Tensor:
+        """See the protocol."""
+        return self._labelled(split).labels
+
+    def reference_logits(self, split: Split, positions: Positions = "answer") -> Tensor:
+        """See the protocol."""
+        return self._reference().logits(self._batches[split], positions)
+
+    def count(self, split: Split, positions: Positions) -> int:
+        """See the protocol."""
+        counts = self._totals.tokens if positions == "answer" else self._totals.positions
+        return max(1, counts[split])
 
     def hidden(self, split: Split, layer: int) -> Tensor:
         """See the protocol."""
         return hidden_states(self._model, self._batches[split], layer)
+
+    def reference_hidden(self, split: Split, layer: int) -> Tensor:
+        """See the protocol."""
+        return self._reference().hidden(self._batches[split], layer)
+
+    def label_mask(self, split: Split) -> Tensor:
+        """See the protocol."""
+        return self._batches[split].labels != IGNORE_INDEX
 
     def adapter_distance_sq(self) -> Tensor:
         """See the protocol."""
