@@ -184,6 +184,7 @@ def small_run(small_base: Path, small_data: Path):
             "trainer": trainer,
             "aggregator": rule,
             "method": how or (schema.MethodConfig("NPO") if mode == "unlearn" else None),
+            "recipe": schema.RecipeConfig("local_then_recover") if mode == "unlearn" else None,
             "data": schema.DataConfig(**data),
         } | rest
         model = schema.ModelConfig(ModelArgs(**given))

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unfed.base.types import IGNORE_INDEX, Batch, Split
 from unfed.models.adapter import snapshot
-from unfed.objectives.base import Positions, Objective, StepContext
+from unfed.objectives.base import Objective, Positions, StepContext
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
 from unfed.objectives.registry import UNLEARNING_METHODS, build_objective

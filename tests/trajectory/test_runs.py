@@ -19,7 +19,7 @@ from unfed.app.runs import run
 from unfed.base.artifacts import digest_file, read_json, read_tensors
 from unfed.base.errors import AdapterError, ArtifactError, ConfigError, DataError, UnfedError
 from unfed.base.types import AdapterState
-from unfed.config.schema import AggregatorConfig, DatasetConfig, MethodConfig, PartitionConfig
+from unfed.config.schema import AggregatorConfig, DatasetConfig, MethodConfig, PartitionConfig, RecipeConfig
 from unfed.federated.client import Client
 
 IDS = torch.tensor([[1, 9, 12, 40, 7, 2], [1, 30, 31, 32, 33, 34]])
@@ -103,8 +103,8 @@ def test_every_method(from_finetuned, tmp_path, method, params):
 
 
 def test_interleaved(from_finetuned, tmp_path):
-    given = {"schedule": "interleaved", "global_rounds": 3, "unlearn_epochs": 6}
-    result = run(from_finetuned(tmp_path / "run", method_args=given))
+    given = {"global_rounds": 3, "unlearn_epochs": 6}
+    result = run(from_finetuned(tmp_path / "run", method_args=given, recipe=RecipeConfig("interleaved")))
     assert [(r.phase, r.clients) for r in result.records] == [("interleaved", ("client_0", "client_1", "client_2"))] * 3
     for record in result.records:
         assert record.metrics["client_0"]["steps"] == 4 and "forget" in record.metrics["client_0"]

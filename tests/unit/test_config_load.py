@@ -91,7 +91,7 @@ WRONG = {
         "r, rank_pattern",
     ),
     "unknown key at the top": ({"sed": 3}, "sed: no such setting", "'seed'"),
-    "a choice": ({"trainer.method_args.schedule": "interlaced"}, "schedule=interlaced", "'interleaved'"),
+    "a choice": ({"partition.scheme": "irid"}, "partition.scheme=irid", "'iid'"),
     "a number": ({"trainer.method_args.global_rounds": "many"}, "trainer.method_args.global_rounds=many", "integer"),
     "an index or all": ({"trainer.method_args.target_client_idx": "first"}, "target_client_idx=first", "'all'"),
     "a training argument": ({"trainer.args.lerning_rate": 1e-4}, "trainer.args.lerning_rate", "'learning_rate'"),
@@ -139,7 +139,7 @@ WRONG = {
     "no epochs": ({"trainer.method_args.unlearn_epochs": 0}, "unlearn_epochs=0", "above 0"),
     "negative rounds": ({"trainer.method_args.global_rounds": -1}, "global_rounds=-1", "at least 0"),
     "interleaved without rounds": (
-        {"trainer.method_args.global_rounds": 0, "trainer.method_args.schedule": "interleaved"},
+        {"trainer.method_args.global_rounds": 0, "recipe.name": "interleaved"},
         "global_rounds=0",
         "at least 1",
     ),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import pytest
 
 from unfed.base.errors import UnfedError
+from unfed.config.schema import RECIPES as NAMES
 from unfed.federated.schedule import Participation, Phase, Schedule, Work
 from unfed.objectives.nll import NLL
 from unfed.objectives.npo import NPO
-from unfed.unlearning.recipes import RECIPES, Ingredients, finetune, interleaved, local_then_recover
+from unfed.unlearning.base import Ingredients, Situation
+from unfed.unlearning.cost import Cost, cost_of, steps_of
+from unfed.unlearning.finetune import finetune
+from unfed.unlearning.registry import RECIPES, build_recipe
 
 
 def given(**changes) -> Ingredients:
+    who = {"targets": ("client_0",), "retainers": ("client_0", "client_1", "client_2")}
     usual = {
-        "targets": ["client_0"],
-        "retainers": ["client_0", "client_1", "client_2"],
+        "situation": Situation(**(who | {k: tuple(changes.pop(k)) for k in who if k in changes})),
         "forget": NPO(),
         "retain": NLL(),
         "unlearn_epochs": 6.0,
@@ -22,6 +26,14 @@ def given(**changes) -> Ingredients:
         "global_rounds": 3,
     }
     return Ingredients(**(usual | changes))
+
+
+def local_then_recover(ingredients: Ingredients) -> Schedule:
+    return build_recipe("local_then_recover", {}).plan(ingredients).schedule
+
+
+def interleaved(ingredients: Ingredients) -> Schedule:
+    return build_recipe("interleaved", {}).plan(ingredients).schedule
 
 
 def test_fine_tuning_is_one_phase():
@@ -65,8 +77,20 @@ def test_interleaved_keeps_the_clients_in_order_of_their_numbers():
     assert list(phase.work) == many
 
 
-def test_both_recipes_have_a_name():
-    assert {"local_then_recover": local_then_recover, "interleaved": interleaved} == RECIPES
+def test_every_recipe_has_its_name_and_says_what_it_promises():
+    assert tuple(RECIPES) == NAMES
+    for name, cls in RECIPES.items():
+        assert build_recipe(name, {}).name == name and cls.promise.text and cls.__doc__
+
+
+def test_cost_counts_steps_and_bytes_both_ways():
+    """Unlearning: 6 epochs of ceil(5/4) = 2 steps. Three rounds: 2 epochs of 1, 2 and 3 steps. 8 bytes, both ways."""
+    rows = {"client_0": {"forget": 5, "train": 4}, "client_1": {"train": 8}, "client_2": {"train": 9}}
+    cost = cost_of(local_then_recover(given()), 0, rows, 4, 8)
+    assert cost == Cost(4, 12 + 3 * 2 * (1 + 2 + 3), 2 * 8 * (1 + 3 * 3))
+    assert cost_of(local_then_recover(given()), 2, rows, 4, 8) == Cost(2, 2 * 2 * 6, 2 * 8 * 6)
+    assert cost.against(Cost(9, 96, 320)) == "50% of the fine-tuning's client steps, 50% of its bytes"
+    assert steps_of(Work("forget", NPO(), 0.5, spread=True), 8, 4, spread=4) == 1
 
 
 def test_tasks_count_over_the_schedule_and_within_the_phase():
@@ -118,8 +142,8 @@ def test_clients_that_unlearn_take_part_in_every_round():
         assert len(chosen) == 3 and "client_4" in chosen and chosen == sorted(chosen)
     assert len({tuple(half.select(clients, 0, r, ["client_4"])) for r in range(20)}) > 3
     assert half.select(clients, 0, 0, clients[:5]) == clients[:5], "all targets, though they are more than half"
-    for recipe in RECIPES.values():
-        schedule = recipe(given(targets=["client_1", "client_2"]))
+    for name in ("local_then_recover", "interleaved"):
+        schedule = build_recipe(name, {}).plan(given(targets=["client_1", "client_2"])).schedule
         assert schedule.phases[0].always == ("client_1", "client_2")
 
 

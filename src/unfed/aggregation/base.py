@@ -28,6 +28,16 @@ class Aggregator(Protocol):
         """Strength of the proximal term that the clients add to their loss; 0 for none."""
         ...
 
+    @property
+    def mean_step(self) -> float | None:
+        """The multiple of the clients' mean update that ``step`` adds to the adapter, where it does no more than that
+        in every round; ``None`` for a rule that remembers earlier rounds or scales entry by entry."""
+        ...
+
+    def weight(self, num_examples: int) -> float:
+        """A client's weight in the mean, before the weights are divided by their sum."""
+        ...
+
     def init(self, adapter: AdapterState) -> OptState:
         """The optimizer state before the first round."""
         ...
@@ -61,6 +71,15 @@ class WeightedMean(Hyperparameters):
         """No proximal term."""
         return 0.0
 
+    @property
+    def mean_step(self) -> float | None:
+        """Not linear, unless a rule says otherwise."""
+        return None
+
+    def weight(self, num_examples: int) -> float:
+        """See :meth:`Aggregator.weight`."""
+        return float(num_examples) if self.weighting == "examples" else 1.0
+
     def combine(self, updates: Iterable[ClientUpdate], num_clients: int) -> Combined:
         """See :meth:`Aggregator.combine`. Memory: one adapter in float32, and what the error meter holds."""
         mean = RunningMean()
@@ -70,7 +89,7 @@ class WeightedMean(Hyperparameters):
         for update in updates:
             if update.num_examples <= 0:
                 raise AdapterError(f"{update.client_id}: an update over {update.num_examples} examples has no weight")
-            weight = float(update.num_examples) if self.weighting == "examples" else 1.0
+            weight = self.weight(update.num_examples)
             try:
                 mean.add(update.adapter, weight)
             except AdapterError as e:

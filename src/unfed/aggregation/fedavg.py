@@ -19,6 +19,11 @@ class FedAvg(WeightedMean):
 
     server_lr: float = number(1.0, above=0)
 
+    @property
+    def mean_step(self) -> float | None:
+        """``server_lr``."""
+        return self.server_lr
+
     def init(self, adapter: AdapterState) -> OptState:
         """No state."""
         return {}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
@@ -13,7 +12,6 @@ from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import ConfigError, DataError, UnfedError
-from unfed.base.params import Hyperparameters
 from unfed.base.types import Example, Split
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.data.chat import EncodedExample, encode_rows
@@ -22,16 +20,11 @@ from unfed.data.partition import Partition, PartitionSpec, make_partition
 from unfed.data.refusals import alternate_answers, load_refusals
 from unfed.data.texts import encode_texts
 from unfed.federated.client import ClientData
-from unfed.federated.schedule import Participation, Schedule
+from unfed.federated.schedule import Participation
 from unfed.models.adapter import lora_scaling
 from unfed.models.load import LoadedModel
-from unfed.objectives.base import Objective
-from unfed.objectives.nll import NLL
-from unfed.objectives.proximal import Proximal
-from unfed.objectives.registry import build_objective, objective_problems
-from unfed.training.args import LoopArgs
+from unfed.objectives.registry import objective_problems
 from unfed.training.batches import Collation
-from unfed.unlearning.recipes import RECIPES, Ingredients, finetune
 
 DEFAULT_CLIENTS = 3
 
@@ -92,7 +85,8 @@ def read_rows(config: RunConfig) -> Rows:
         if not train:
             raise DataError("data.exclude: leaves no row of data.train")
         return Rows(train=train, forget=forget)
-    rows = Rows(forget=_load(config.data.forget, data_dir), retain=_load(config.data.retain, data_dir))
+    forget, left_out = _load(config.data.forget, data_dir), {e["id"] for e in _load(config.data.exclude, data_dir)}
+    rows = Rows(forget=forget, retain=tuple(e for e in _load(config.data.retain, data_dir) if e["id"] not in left_out))
     if not rows.forget:
         raise ConfigError(["data.forget: unlearning needs a forget set (experiment=unlearn/tofu/default sets one)"])
     both = {e["id"] for e in rows.forget} & {e["id"] for e in rows.retain}
@@ -240,48 +234,6 @@ def server_rule(config: RunConfig, loaded: LoadedModel) -> Aggregator:
     return build_aggregator(
         config.aggregator.name, config.aggregator.params, lora_scaling=scaling or 1.0, probe_seed=config.seed
     )
-
-
-def build_schedule(
-    config: RunConfig, args: LoopArgs, clients: Mapping[str, ClientData], targets: Sequence[str], rule: Aggregator
-) -> Schedule:
-    """The order of work. FedProx's proximal term goes around every client's objective."""
-    assert config.trainer is not None
-    given = config.trainer.method_args
-    owners = [c for c, d in clients.items() if d.splits["train"]]
-    if config.mode == "finetune":
-        rounds = given.global_rounds if is_federated(config) else 1
-        return finetune(owners, _proximal(NLL(), rule), args.num_train_epochs, rounds)
-    method = config.method or _missing_method()
-    ingredients = Ingredients(
-        targets=targets,
-        retainers=owners,
-        forget=_proximal(build_objective(method.name, method.params), rule),
-        retain=_proximal(NLL(), rule),
-        unlearn_epochs=given.unlearn_epochs if given.unlearn_epochs is not None else args.num_train_epochs,
-        local_epochs=args.num_train_epochs,
-        global_rounds=given.global_rounds if is_federated(config) else 0,
-    )
-    return RECIPES[given.schedule](ingredients)
-
-
-def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[str, Any]]:
-    """Every hyperparameter that acts in the run, by the name of its objective or rule, defaults filled in."""
-    found: dict[str, dict[str, Any]] = {}
-    for work in (w for phase in schedule.phases for w in phase.work.values()):
-        inner = work.objective.inner if isinstance(work.objective, Proximal) else work.objective
-        for part in (inner, rule):
-            if isinstance(part, Hyperparameters):
-                found[part.name] = part.settings()
-    return found
-
-
-def _missing_method() -> Any:
-    raise ConfigError(["method: unlearning needs one (method=NPO, method=GradDiff, ...)"])
-
-
-def _proximal(objective: Objective, rule: Aggregator) -> Objective:
-    return Proximal(objective, rule.client_proximal_mu) if rule.client_proximal_mu > 0 else objective
 
 
 def participation(config: RunConfig) -> Participation:

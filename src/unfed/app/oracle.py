@@ -19,7 +19,7 @@ from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, seen_r
 from unfed.base.artifacts import digest_file, digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
 from unfed.config.preflight import preflight
-from unfed.config.schema import EvalConfig, RunConfig
+from unfed.config.schema import EvalConfig, HistoryConfig, RunConfig
 from unfed.config.shape import validate
 from unfed.data.datasets import load_rows
 from unfed.evaluation.suites import SUITES
@@ -78,6 +78,7 @@ def oracle_config(config: RunConfig) -> RunConfig:
         trainer=made.trainer and replace(made.trainer, args={**made.trainer.args, "eval_strategy": "no"}),
         eval=None,
         oracle=None,
+        history=HistoryConfig(),
         resume=False,
         overwrite=False,
     )

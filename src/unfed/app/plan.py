@@ -16,6 +16,7 @@ from unfed.models.adapter import live_tensors, trainable_parameters
 from unfed.models.load import DTYPES, parameter_shapes
 from unfed.models.source import resolve_source
 from unfed.models.spec import LoraArgs
+from unfed.objectives.registry import build_objective
 from unfed.training.args import LoopArgs, loop_args
 
 MB = 1e6
@@ -111,7 +112,7 @@ def _activation_bytes(base: PreTrainedModel, config: RunConfig, args: LoopArgs, 
 def _needs_reference(config: RunConfig) -> bool:
     if config.mode != "unlearn" or config.method is None:
         return False
-    needs = build.build_objective(config.method.name, config.method.params).needs
+    needs = build_objective(config.method.name, config.method.params).needs
     return needs.reference or needs.reference_distribution
 
 
@@ -125,5 +126,6 @@ def _extent(config: RunConfig) -> tuple[int, int]:
     manifest = build.find_manifest(config)
     if clients is None and manifest is not None:
         clients = len(build.Partition.read(manifest).clients)
-    rounds = given.global_rounds + (1 if config.mode == "unlearn" and given.schedule == "local_then_recover" else 0)
+    first = config.mode == "unlearn" and config.recipe is not None and config.recipe.name == "local_then_recover"
+    rounds = given.global_rounds + int(first)
     return clients or build.DEFAULT_CLIENTS, rounds

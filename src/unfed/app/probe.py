@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def forget_loss(local: Local, clients: Mapping[str, ClientData]) -> dict[str, An
 
 
 def probe_forget_loss(
-    local: Local, clients: Mapping[str, ClientData], targets: list[str], loaded: LoadedModel
+    local: Local, clients: Mapping[str, ClientData], targets: Sequence[str], loaded: LoadedModel
 ) -> dict[str, Any]:
     """The forget loss at the start of unlearning beside the one that fine-tuning left, so a lost adapter shows."""
     if not targets:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
-from unfed.app import build
+from unfed.app import build, recipes
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
+from unfed.app.outcome import advise, left_out, warnings_of
 from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_loss
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.robustness import check_robustness
@@ -28,6 +28,7 @@ from unfed.app.rundir import (
     seen_rows,
     training_identity,
 )
+from unfed.app.schedules import resolved_settings
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
@@ -38,13 +39,13 @@ from unfed.evaluation.runner import EvalResult
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
 from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
-from unfed.federated.schedule import Phase, Schedule
 from unfed.federated.transport import InProcess
 from unfed.models.adapter import save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
 from unfed.training import advice
 from unfed.training.args import LoopArgs, loop_args
 from unfed.training.loop import Local
+from unfed.unlearning.base import Situation, Source
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,11 @@ def run(config: RunConfig) -> RunResult:
     """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend."""
     try:
         if config.mode == "unlearn" and config.oracle == "auto":
-            _prepared(config)  # a mistake of the run itself is found before its oracle is trained
+            _prepared(*recipes.settled(config))  # a mistake of the run itself is found before its oracle is trained
             config = with_oracle(config, run)
-        return evaluate_only(config) if config.mode == "eval" else train(config)
+        if config.mode == "eval":
+            return evaluate_only(config)
+        return train(*recipes.settled(config))
     except torch.OutOfMemoryError as e:
         raise UnfedError(advice.out_of_memory(_memory_settings(config), str(e))) from e
 
@@ -118,7 +121,7 @@ def _same_base(loaded: LoadedModel) -> None:
         )
 
 
-def _prepared(config: RunConfig) -> tuple[build.Rows, Partition, str, list[str]]:
+def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Partition, str, Situation]:
     """What can be known of a training without its model: rows, partition and where it comes from, who unlearns."""
     build.refuse_unknown(config)
     if config.resume:
@@ -127,65 +130,63 @@ def _prepared(config: RunConfig) -> tuple[build.Rows, Partition, str, list[str]]
         refuse_unfinished(Path(config.paths.output_dir), overwrite=config.overwrite)
     rows = build.read_rows(config)
     partition, where = build.settle_partition(config, rows)
-    targets = build.targets_of(config, partition, [e["id"] for e in rows.forget]) if config.mode == "unlearn" else []
-    return rows, partition, where, targets
+    if config.mode == "finetune":
+        return rows, partition, where, Situation((), ())
+    targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
+    situation = recipes.situation_of(partition, {e["id"] for e in rows.retain}, targets, source)
+    recipes.refuse_unmet(config, situation)
+    return rows, partition, where, situation
 
 
-def train(config: RunConfig) -> RunResult:
-    """Fine-tune or unlearn over the schedule, save, evaluate."""
+def train(config: RunConfig, source: Source | None = None) -> RunResult:
+    """Fine-tune or unlearn over the schedule, save, evaluate. ``source``: see :func:`unfed.app.recipes.settled`."""
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
     identity = training_identity(config)
-    rows, partition, where, targets = _prepared(config)
+    rows, partition, where, situation = _prepared(config, source)
     with open_run(config) as directory:
         loaded = _open(config, trainable=True)
         check_tokens(config, loaded)
         clients = build.encode_clients(config, loaded, rows, partition)
         rule = build.server_rule(config, loaded)
-        schedule = build.build_schedule(config, args, clients, targets, rule)
+        plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
+        schedule = plan.schedule
         local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
         for note in filter(None, (local.optim_note, f"partition: {where}")):
             say(note)
-        settings = build.resolved_settings(schedule, rule)
+        settings = resolved_settings(schedule, rule)
         show_schedule(schedule, settings)
-        start = snapshot(loaded.model)
-        client = Client(local, clients, start, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
-        inputs = {"adapter": start.digest(), "base": loaded.fingerprint}
+        start = plan.start or ServerState(0, snapshot(loaded.model))
+        client = Client(local, clients, start.adapter, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
+        inputs = {"adapter": start.adapter.digest(), "base": loaded.fingerprint}
         identity["inputs"] = {**inputs, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
-        state, keeper = _resume(config, checkpoints, ServerState(0, start))
+        state, keeper = _resume(config, checkpoints, start)
         partition.write(directory.path / PARTITION_FILE)
-        probe = probe_forget_loss(local, clients, targets, loaded)
+        probe = probe_forget_loss(local, clients, situation.targets, loaded)
         base = {"base": loaded.base, "base_fingerprint": loaded.fingerprint}
-        directory.note(schedule=schedule.table(), settings=settings, **base, **probe)
+        directory.note(schedule=schedule.table(), settings=settings, **base, **probe, **notes)
         with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
             reporter = Reporter(schedule, state.round, track)
             between = RoundEvaluation(config, loaded, schedule, clients, args.eval_strategy, track)
             client.on_step, keeper.listener = reporter.stepped, Listeners((reporter, between))
             keeper.on_save = lambda _: directory.note(rounds=keeper.records)
             rounds = RoundsConfig(config.seed, build.participation(config))
+            keeper.history = recipes.keep_history(config, directory, rule, schedule, state)
             try:
                 between.begin(state, directory)
                 state = run_rounds(schedule, InProcess(client.fit), rule, state, rounds, keeper)
             except UnfedError as e:
-                _advise(e, schedule, len(keeper.records))
+                advise(e, schedule, len(keeper.records))
                 raise
             finally:
                 reporter.close()
-        warnings = [*_warnings(schedule, client, keeper.records), *_left_out(schedule, keeper.records)]
+        warnings = [*warnings_of(schedule, client, keeper.records), *left_out(schedule, keeper.records)]
         _save(directory, loaded, local, state, clients, rows)
         directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
         return RunResult(directory.path, tuple(keeper.records), result.summary() if result else {}, result)
-
-
-def _advise(error: UnfedError, schedule: Schedule, done: int) -> None:
-    """Raise ``error`` again with what to try, where a round was lost to values that are not finite."""
-    task = next(schedule.tasks(done), None)
-    if task is not None and "not finite" in str(error):
-        method = next(iter(task.phase.work.values())).objective.name
-        raise UnfedError(f"{error}. Probably {advice.not_finite(task.phase.name, method)}") from error
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
@@ -198,47 +199,6 @@ def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> 
     state, records = found
     say(f"resuming after round {state.round}")
     return state, RunKeeper(records=records, checkpoints=checkpoints)
-
-
-def _loss_path(phase: Phase, client: Client, records: list[RoundRecord]) -> list[float]:
-    """A phase's mean loss by round, or by epoch where it has one round: means over the same rows, so they compare."""
-    rounds = [r.loss for r in records if r.phase == phase.name and r.loss is not None]
-    if len(rounds) > 1:
-        return rounds
-    epochs = int(next(iter(phase.work.values())).epochs)
-    curves = [c for c in client.curves.get(phase.name, []) if epochs > 0 and len(c) >= epochs]
-    cut = [[c[k * len(c) // epochs : (k + 1) * len(c) // epochs] for k in range(epochs)] for c in curves]
-    return [sum(sum(part) / len(part) for part in parts) / len(parts) for parts in zip(*cut, strict=True)]
-
-
-def _warnings(schedule: Schedule, client: Client, records: list[RoundRecord]) -> list[str]:
-    found = []
-    for phase in schedule.phases:
-        steps = [x for curve in client.curves.get(phase.name, []) for x in curve]
-        path = _loss_path(phase, client, records)
-        name = next(iter(phase.work.values())).objective.name
-        broken = [r for r in records if r.phase == phase.name and r.failures]
-        if any(not math.isfinite(x) for x in steps) or any(
-            "not finite" in f for r in broken for f in r.failures.values()
-        ):
-            found.append(advice.not_finite(phase.name, name))
-        elif phase is schedule.phases[0] and advice.stuck(path):
-            found.append(advice.did_not_move(phase.name, path[0], path[-1]))
-    for sentence in found:
-        say(f"WARNING: {sentence}")
-    return found
-
-
-def _left_out(schedule: Schedule, records: list[RoundRecord]) -> list[str]:
-    """Clients that should have unlearned, and of whom no round of a phase has a usable update."""
-    found = []
-    for phase in schedule.phases:
-        heard = {c for r in records if r.phase == phase.name for c in r.clients}
-        reasons = {c: why for r in records if r.phase == phase.name for c, why in r.failures.items()}
-        for name in (c for c in phase.always if c not in heard):
-            found.append(f"{name} did not unlearn in phase {phase.name}: {reasons.get(name, 'it returned no update')}")
-            say(f"WARNING: {found[-1]}")
-    return found
 
 
 def _save(

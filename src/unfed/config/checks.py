@@ -13,6 +13,7 @@ from unfed.config.schema import (
     AGGREGATORS,
     FEDERATED_TRAINERS,
     METHODS,
+    RECIPES,
     DataConfig,
     DatasetConfig,
     MethodArgs,
@@ -50,6 +51,14 @@ def named_things(config: RunConfig) -> list[str]:
             from unfed.aggregation.registry import aggregator_problems
 
             problems += aggregator_problems(name, config.aggregator.params)
+    if config.recipe is not None:
+        name = config.recipe.name
+        if name not in RECIPES:
+            problems.append(f"recipe.name={name}: no such recipe{nearest(name, RECIPES)}")
+        else:
+            from unfed.unlearning.registry import recipe_problems
+
+            problems += recipe_problems(name, config.recipe.params)
     if config.trainer is not None:
         problems += _trainer_args(config.trainer)
     if config.eval is not None:
@@ -91,6 +100,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"method: unlearning needs one{nearest('', METHODS)}"
     elif config.mode == "finetune" and config.method is not None:
         yield f"method={config.method.name}: fine-tuning has no unlearning method; leave it out"
+    elif config.mode == "finetune" and config.recipe is not None:
+        yield f"recipe={config.recipe.name}: fine-tuning forgets nothing; leave it out"
     elif handler in METHODS and config.method is not None and config.method.name != handler:
         yield f"trainer={handler} and method={config.method.name} contradict each other: name one method"
     if handler in everyone and handler not in FEDERATED_TRAINERS:
@@ -103,12 +114,29 @@ def _centralised(config: RunConfig, trainer: TrainerConfig) -> Iterator[str]:
             f"aggregator={config.aggregator.name}: trainer={trainer.handler} works in one place and averages nothing; "
             "leave it out"
         )
+    if config.recipe is not None and config.recipe.name != RECIPES[0]:
+        yield f"recipe={config.recipe.name}: trainer={trainer.handler} works in one place; leave it out"
+    if config.history.keep:
+        yield f"history: trainer={trainer.handler} works in one place, there are no clients' updates to keep"
     usual = MethodArgs()
     given = [n for n in usual.__dataclass_fields__ if getattr(trainer.method_args, n) != getattr(usual, n)]
     yield from (
         f"trainer.method_args.{n}: trainer={trainer.handler} works in one place, without clients; leave it out"
         for n in given
     )
+
+
+def _recipe(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
+    if trainer is None or trainer.handler not in FEDERATED_TRAINERS:
+        return
+    given = trainer.method_args.schedule
+    if config.mode == "unlearn" and config.recipe is None:
+        yield f"recipe: federated unlearning needs one{nearest('', RECIPES)}"
+    elif config.recipe is not None and given not in {None, config.recipe.name}:
+        yield f"trainer.method_args.schedule={given} contradicts recipe={config.recipe.name}"
+    if config.history.every < 1:
+        yield f"history.every={config.history.every}: must be at least 1"
 
 
 def _federation(config: RunConfig) -> Iterator[str]:
@@ -132,7 +160,7 @@ def _federation(config: RunConfig) -> Iterator[str]:
         yield f"{prefix}.min_clients={a.min_clients}: must be between 1 and num_clients ({clients})"
     if not 0 < a.fraction_fit <= 1:
         yield f"{prefix}.fraction_fit={a.fraction_fit}: must be above 0 and at most 1"
-    fewest = 0 if config.mode == "unlearn" and a.schedule == "local_then_recover" else 1
+    fewest = 0 if config.mode == "unlearn" and config.recipe and config.recipe.name != "interleaved" else 1
     if a.global_rounds < fewest:
         yield f"{prefix}.global_rounds={a.global_rounds}: must be at least {fewest}"
     if a.unlearn_epochs is not None and not 0 < a.unlearn_epochs < math.inf:
@@ -209,4 +237,4 @@ def _limits(config: RunConfig) -> Iterator[str]:
         yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
 
 
-CHECKS = (_trainer, _federation, _lora, _data, _limits, evaluation_settings)
+CHECKS = (_trainer, _recipe, _federation, _lora, _data, _limits, evaluation_settings)

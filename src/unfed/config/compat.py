@@ -1,9 +1,9 @@
 """The command line before Hydra sees it: composed once to find every mistake, and rewritten where users' habits differ.
 
-Rewritten are ``trainer.method_args.aggregation_strategy=X`` (to ``aggregator=X``) and ``unlearn_trainer_cls=X`` (to
-``method=X``), a group set to ``null`` (to ``~group``; ``eval`` to ``eval.enabled=false``), and settings that the
-composed files do not mention (to ``++key=value``; whether the key exists is for ``config.load`` to say, with the
-nearest name).
+Rewritten are ``trainer.method_args.aggregation_strategy=X`` (to ``aggregator=X``), ``unlearn_trainer_cls=X`` (to
+``method=X``) and ``schedule=X`` (to ``recipe=X``), a group set to ``null`` (to ``~group``; ``eval`` to
+``eval.enabled=false``), and settings that the composed files do not mention (to ``++key=value``; whether the key exists
+is for ``config.load`` to say, with the nearest name).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from unfed.config.schema import RunConfig
 ALIASES: Mapping[str, str] = {
     "trainer.method_args.aggregation_strategy": "aggregator",
     "trainer.method_args.unlearn_trainer_cls": "method",
+    "trainer.method_args.schedule": "recipe",
 }
 SETTINGS_CHECKED_OF_A_SWEEP = 16
 
@@ -139,7 +140,7 @@ def _composed(line: CommandLine) -> tuple[CommandLine, list[DictConfig]]:
 
 
 def _named_groups(line: CommandLine) -> set[str]:
-    """Which of method and aggregator the command line names, in either way."""
+    """Which of method, aggregator and recipe the command line names, in either way."""
     keys = {o.split("=", 1)[0].lstrip("+~") for o in line.overrides}
     return {group for alias, group in ALIASES.items() if group in keys or alias in keys}
 

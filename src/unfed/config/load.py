@@ -99,6 +99,8 @@ def _unresolved(node: DictConfig, name: str, key: str, error: OmegaConfBaseExcep
     reason = str(missing).splitlines()[0]
     if key.startswith("trainer.method_args.") and "${method." in str(given[name]):
         reason = "this trainer unlearns, and no method is set; give method=NPO, or take --config-name=unlearn-lora.yaml"
+    elif key.startswith("trainer.method_args.") and "${recipe." in str(given[name]):
+        reason = "this trainer unlearns, and no recipe is set; give recipe=local_then_recover"
     elif key.startswith("trainer.method_args.") and "${aggregator." in str(given[name]):
         reason = "this trainer has clients, and no aggregator is set; give aggregator=FedAvg"
     return f"{key}={given[name]}: {reason}"
@@ -122,11 +124,11 @@ def _take_unknown(raw: dict[str, Any]) -> list[str]:
 
 
 def _arranged(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Gather the flat hyperparameters of ``method`` and ``aggregator``, and settle what ``null`` stands for."""
+    """Gather the flat hyperparameters of method, aggregator and recipe, and settle what ``null`` stands for."""
     arranged = {name: value for name, value in raw.items() if value is not None}
     if isinstance(arranged.get("task_name"), int | float):
         arranged["task_name"] = str(arranged["task_name"])  # task_name=1 is read as a number
-    for group in ("method", "aggregator"):
+    for group in ("method", "aggregator", "recipe"):
         given = arranged.get(group)
         if isinstance(given, Mapping):
             if "name" not in given:

@@ -14,6 +14,7 @@ from unfed.models.spec import ModelArgs, TokenizerArgs
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = ("GradAscent", "GradDiff", "NPO", "SimNPO")
+RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 
@@ -29,8 +30,9 @@ class ModelConfig:
 class MethodArgs:
     """``trainer.method_args``: the shape of a federated run.
 
-    ``target_client_idx``: an index, or ``all`` for every client that owns forget rows. ``unlearn_trainer_cls``
-    and ``aggregation_strategy`` name the method and the aggregator as ``method=`` and ``aggregator=`` do.
+    ``target_client_idx``: an index, or ``all`` for every client that owns forget rows. ``unlearn_trainer_cls``,
+    ``aggregation_strategy`` and ``schedule`` name the method, the aggregator and the recipe as ``method=``,
+    ``aggregator=`` and ``recipe=`` do.
     Local epochs of one round are ``trainer.args.num_train_epochs``; ``unlearn_epochs`` are the target's own.
     """
 
@@ -41,7 +43,7 @@ class MethodArgs:
     aggregation_strategy: str | None = None
     global_rounds: int = 2
     unlearn_epochs: float | None = None  # None: num_train_epochs
-    schedule: Literal["local_then_recover", "interleaved"] = "local_then_recover"
+    schedule: str | None = None
     fraction_fit: float = 1.0
     min_clients: int = 1
     lr_schedule: Literal["phase", "round"] = "phase"
@@ -75,6 +77,23 @@ class AggregatorConfig:
 
 
 @dataclass(frozen=True)
+class RecipeConfig:
+    """A way of forgetting across clients by name, and its hyperparameters (checked against the recipe's own fields)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """What a training keeps for later requests to forget: see :class:`unfed.federated.history.HistorySettings`."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    keep: tuple[Literal["rounds", "updates", "sums"], ...] = ()
+    every: int = 1
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     __pydantic_config__: ClassVar[Any] = STRICT
     name: Literal["inprocess"] = "inprocess"
@@ -97,7 +116,7 @@ class PartitionConfig:
 class DataConfig:
     """Fine-tuning reads ``train`` (and ``forget``, to know which rows the target client will own);
     unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list). Rows of
-    ``exclude`` are left out of ``train``: what an oracle must not see."""
+    ``exclude`` are left out of ``train`` and ``retain``: what an oracle must not see, or what was forgotten before."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
     train: DatasetConfig | None = None
@@ -224,6 +243,8 @@ class RunConfig:
     trainer: TrainerConfig | None = None
     method: MethodConfig | None = None
     aggregator: AggregatorConfig | None = None
+    recipe: RecipeConfig | None = None
+    history: HistoryConfig = HistoryConfig()
     engine: EngineConfig = EngineConfig()
     partition: PartitionConfig = PartitionConfig()
     data: DataConfig = DataConfig()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unfed.base.types import AdapterState, ClientUpdate, Split
 from unfed.data.chat import EncodedExample
-from unfed.federated.schedule import FitTask
+from unfed.federated.schedule import FitTask, Work
 from unfed.models.adapter import restore, snapshot
 from unfed.objectives.base import Objective
 from unfed.training.batches import BatchPlan, TrainRows
@@ -42,6 +42,7 @@ class Client:
     on_step: Callable[[FitTask, str, StepEvent], None] | None = None
     curves: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     _reference: Reference | None = None
+    _locals: dict[str, Local] = field(default_factory=dict)
 
     def fit(self, task: FitTask, adapter: AdapterState, client_id: str) -> ClientUpdate:
         """Train ``client_id`` from ``adapter``; the update is a copy."""
@@ -60,6 +61,7 @@ class Client:
             workers=self.local.args.dataloader_num_workers,
         )
         on_step, whole = self.on_step, Share(task.phase_round, task.phase.rounds)
+        held = None if work.constraint is None else work.constraint.bind(self.local.model)
         local_task = LocalTask(
             plan,
             work.objective,
@@ -67,11 +69,22 @@ class Client:
             whole if self.lr_per_phase else Share(),
             None if on_step is None else lambda event: on_step(task, client_id, event),
             whole if work.spread else Share(),
+            held,
         )
-        result = self.local.train(local_task, self._beside(work.objective, plan, adapter))
+        result = self._local(work).train(local_task, self._beside(work.objective, plan, adapter))
         self.curves.setdefault(task.phase.name, []).append(result.curve)
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
         return ClientUpdate(client_id, snapshot(self.local.model), result.num_examples, _finite(metrics))
+
+    def _local(self, work: Work) -> Local:
+        """The loop with the work's own settings."""
+        if not work.args:
+            return self.local
+        key = repr(sorted(work.args.items()))
+        if key not in self._locals:
+            args = replace(self.local.args, **work.args)
+            self._locals[key] = Local(self.local.model, args, self.local.collation, self.local.seed)
+        return self._locals[key]
 
     def _beside(self, objective: Objective, plan: BatchPlan, adapter: AdapterState) -> Companions:
         anchor = Anchor(self.local.model, adapter) if objective.needs.anchor else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from unfed.aggregation.base import Aggregator
 from unfed.base.types import AdapterState, ClientFailure, ClientUpdate, Combined, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
+from unfed.federated.history_writer import HistoryWriter
 from unfed.federated.schedule import FitTask, Participation, Schedule
 from unfed.federated.transport import Transport
 
@@ -89,12 +90,16 @@ def run_rounds(
         clients = config.participation.select(list(phase.work), config.seed, task.round, phase.always)
         keep.listener.round_started(task, clients)
         screening = _Screening(state.adapter)
-        combined = _combine(task, transport, aggregator, state, clients, screening)
+        answers = transport.fit(task, state.adapter, clients)
+        updates = screening.usable(answers if keep.history is None else keep.history.of_round(task, state, answers))
+        done = _finish(task, aggregator, state, updates, len(clients))
+        combined = done[0] if done else None
         reasons = [f"{c}: {r}" for c, r in screening.failures.items()]
         config.participation.check(len(combined.client_ids) if combined else 0, len(clients), reasons)
+        assert done is not None
         assert combined is not None
         before, sent = state.adapter.digest(), state.adapter.nbytes * len(clients)
-        state = _advance(task, aggregator, state, combined)
+        state = done[1]
         record = RoundRecord(
             round=task.round,
             phase=task.phase.name,
@@ -111,42 +116,44 @@ def run_rounds(
             metrics=screening.metrics,
         )
         keep.records.append(record)
+        if keep.history is not None:
+            keep.history.end_round(state, combined.client_ids)
         keep.save(state)
         keep.listener.round_ended(record, state)
     return state
 
 
-def _combine(
-    task: FitTask,
-    transport: Transport,
-    aggregator: Aggregator,
-    state: ServerState,
-    clients: list[str],
-    screening: _Screening,
-) -> Combined | None:
-    usable = screening.usable(transport.fit(task, state.adapter, clients))
+def _finish(
+    task: FitTask, aggregator: Aggregator, state: ServerState, updates: Iterator[ClientUpdate], num_clients: int
+) -> tuple[Combined, ServerState] | None:
+    """The round's mean and the state after it; nothing when there was no usable update."""
+    rule = task.phase.rule
     try:
-        return aggregator.combine(_first_or_raise(usable), len(clients))
+        if not isinstance(rule, str):
+            combined, adapter = rule.advance(task, state, _first_or_raise(updates))
+            return combined, ServerState(state.round + 1, adapter, state.opt_state)
+        combined = aggregator.combine(_first_or_raise(updates), num_clients)
     except _NoUpdatesError:
         return None
-
-
-def _advance(task: FitTask, aggregator: Aggregator, state: ServerState, combined: Combined) -> ServerState:
-    if task.phase.rule == "adopt":
-        return ServerState(state.round + 1, combined.adapter, state.opt_state)
+    if rule == "adopt":
+        return combined, ServerState(state.round + 1, combined.adapter, state.opt_state)
     opt_state = state.opt_state or aggregator.init(state.adapter)
     opt_state, adapter = aggregator.step(opt_state, state.adapter, combined)
-    return ServerState(state.round + 1, adapter, opt_state)
+    return combined, ServerState(state.round + 1, adapter, opt_state)
 
 
 @dataclass
 class RunKeeper:
-    """Where records and checkpoints go. Without ``checkpoints`` nothing is written (tests, benchmarks)."""
+    """Where records and checkpoints go, and what is kept beside them for later requests to forget.
+
+    Without ``checkpoints`` and ``history`` nothing is written (tests, benchmarks).
+    """
 
     records: list[RoundRecord] = field(default_factory=list)
     listener: RoundListener = field(default_factory=RoundListener)
     checkpoints: Checkpoints | None = None
     on_save: Callable[[ServerState], None] | None = None
+    history: HistoryWriter | None = None
 
     def save(self, state: ServerState) -> None:
         """Checkpoint the round that has just ended."""

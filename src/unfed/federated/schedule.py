@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from unfed.base.errors import UnfedError
 from unfed.base.seeding import numpy_generator
-from unfed.base.types import Split
+from unfed.base.types import AdapterState, ClientUpdate, Combined, ServerState, Split
 from unfed.objectives.base import Objective
+from unfed.training.loop import Constraint
 
-ServerRule = Literal["aggregate", "adopt"]
+
+class PhaseRule(Protocol):
+    """What a recipe's server does with a round's updates, where that is not the aggregator's rule.
+
+    It has no state of its own, so that a resumed round gives the same adapter: what it must remember is in the
+    adapters, or on disk in the history.
+    """
+
+    @property
+    def name(self) -> str:
+        """For tables and records."""
+        ...
+
+    def advance(
+        self, task: FitTask, state: ServerState, updates: Iterator[ClientUpdate]
+    ) -> tuple[Combined, AdapterState]:
+        """The round's mean update as a record of it, and the next global adapter.
+
+        ``updates`` come one by one in the order of the clients and hold one adapter each; there is one at least.
+        """
+        ...
+
+
+ServerRule = Literal["aggregate", "adopt"] | PhaseRule
 
 
 @dataclass(frozen=True)
@@ -20,7 +44,9 @@ class Work:
 
     ``rows`` is the split whose rows make up an epoch; ``objective`` says what else it needs (a retain row beside
     each forget row, say). ``epochs`` may be a fraction. ``spread``: the phase's rounds share one run over the rows,
-    each takes its part of the steps; else every round begins an epoch anew.
+    each takes its part of the steps; else every round begins an epoch anew. ``args`` replace fields of
+    :class:`unfed.training.args.LoopArgs` for this work (another optimizer, say). ``constraint`` holds the weights after
+    every step.
     """
 
     rows: Split
@@ -28,6 +54,8 @@ class Work:
     epochs: float
     spread: bool = False
     shown: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    constraint: Constraint | None = None
 
     @property
     def rows_name(self) -> str:
@@ -41,7 +69,7 @@ class Phase:
 
     ``always``: clients that take part in every round whatever ``fraction_fit`` is: those that unlearn. ``rule``:
     ``aggregate`` passes the clients' mean through the server's optimizer; ``adopt`` takes the mean as it
-    is, for a phase in which the server must not damp what a client did (local unlearning).
+    is, for a phase in which the server must not damp what a client did (local unlearning); else a recipe's own.
     """
 
     name: str

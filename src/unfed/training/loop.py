@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -44,12 +44,22 @@ class StepEvent:
     lr: float
 
 
+class Constraint(Protocol):
+    """Holds a client's weights somewhere during its local steps."""
+
+    def bind(self, model: nn.Module) -> Callable[[], bool]:
+        """What to call after every optimizer step: it may move the model's trainable weights in place, and says
+        whether training should stop here."""
+        ...
+
+
 @dataclass(frozen=True)
 class LocalTask:
     """What to train on, for how long, with which objective.
 
     ``window``: this call's share of the learning-rate schedule. ``part``: its share of one run over the rows;
-    ``epochs`` are those of this call, all parts together take ``epochs * part.count``.
+    ``epochs`` are those of this call, all parts together take ``epochs * part.count``. ``after_step``: see
+    :class:`Constraint`.
     """
 
     plan: BatchPlan
@@ -58,6 +68,7 @@ class LocalTask:
     window: Share = field(default_factory=Share)
     on_step: Callable[[StepEvent], None] | None = None
     part: Share = field(default_factory=Share)
+    after_step: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,8 @@ class Local:
                     scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
                 log.add(losses, scheduler.get_last_lr()[0])
+                if task.after_step is not None and task.after_step():
+                    break
         finally:
             self.model.train(was_training)
             optimizer.zero_grad(set_to_none=True)  # a client that broke off must leave nothing to the next one

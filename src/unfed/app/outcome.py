@@ -1,0 +1,62 @@
+"""What is to be said of a training after it: losses that did not move or broke, clients that were left out."""
+
+from __future__ import annotations
+
+import math
+
+from unfed.app.progress import say
+from unfed.base.errors import UnfedError
+from unfed.federated.checkpoint import RoundRecord
+from unfed.federated.client import Client
+from unfed.federated.schedule import Phase, Schedule
+from unfed.training import advice
+
+
+def advise(error: UnfedError, schedule: Schedule, done: int) -> None:
+    """Raise ``error`` again with what to try, where a round was lost to values that are not finite."""
+    task = next(schedule.tasks(done), None)
+    if task is not None and "not finite" in str(error):
+        method = next(iter(task.phase.work.values())).objective.name
+        raise UnfedError(f"{error}. Probably {advice.not_finite(task.phase.name, method)}") from error
+
+
+def _loss_path(phase: Phase, client: Client, records: list[RoundRecord]) -> list[float]:
+    """A phase's mean loss by round, or by epoch where it has one round: means over the same rows, so they compare."""
+    rounds = [r.loss for r in records if r.phase == phase.name and r.loss is not None]
+    if len(rounds) > 1:
+        return rounds
+    epochs = int(next(iter(phase.work.values())).epochs)
+    curves = [c for c in client.curves.get(phase.name, []) if epochs > 0 and len(c) >= epochs]
+    cut = [[c[k * len(c) // epochs : (k + 1) * len(c) // epochs] for k in range(epochs)] for c in curves]
+    return [sum(sum(part) / len(part) for part in parts) / len(parts) for parts in zip(*cut, strict=True)]
+
+
+def warnings_of(schedule: Schedule, client: Client, records: list[RoundRecord]) -> list[str]:
+    """Phases whose loss broke, and a first phase whose loss did not move; said and returned."""
+    found = []
+    for phase in schedule.phases:
+        steps = [x for curve in client.curves.get(phase.name, []) for x in curve]
+        path = _loss_path(phase, client, records)
+        name = next(iter(phase.work.values())).objective.name
+        broken = [r for r in records if r.phase == phase.name and r.failures]
+        if any(not math.isfinite(x) for x in steps) or any(
+            "not finite" in f for r in broken for f in r.failures.values()
+        ):
+            found.append(advice.not_finite(phase.name, name))
+        elif phase is schedule.phases[0] and advice.stuck(path):
+            found.append(advice.did_not_move(phase.name, path[0], path[-1]))
+    for sentence in found:
+        say(f"WARNING: {sentence}")
+    return found
+
+
+def left_out(schedule: Schedule, records: list[RoundRecord]) -> list[str]:
+    """Clients that should have unlearned, and of whom no round of a phase has a usable update."""
+    found = []
+    for phase in schedule.phases:
+        heard = {c for r in records if r.phase == phase.name for c in r.clients}
+        reasons = {c: why for r in records if r.phase == phase.name for c, why in r.failures.items()}
+        for name in (c for c in phase.always if c not in heard):
+            found.append(f"{name} did not unlearn in phase {phase.name}: {reasons.get(name, 'it returned no update')}")
+            say(f"WARNING: {found[-1]}")
+    return found

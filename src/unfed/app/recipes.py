@@ -1,0 +1,197 @@
+"""A recipe in a run: where its facts come from, what it asks for and promises, and what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unfed.aggregation.base import Aggregator
+from unfed.aggregation.registry import build_aggregator
+from unfed.app.progress import say
+from unfed.app.rundir import PARTITION_FILE, RUN_FILE, RunDir
+from unfed.app.schedules import finetune_schedule, ingredients_of
+from unfed.base.artifacts import read_json
+from unfed.base.errors import ArtifactError, ConfigError, UnfedError
+from unfed.base.types import ServerState, Split
+from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+from unfed.config.shape import validate
+from unfed.data.partition import Partition
+from unfed.federated.client import ClientData
+from unfed.federated.history import HISTORY_DIR, History, HistorySettings
+from unfed.federated.history_writer import HistoryWriter
+from unfed.federated.schedule import Schedule
+from unfed.models.load import LoadedModel
+from unfed.training.args import LoopArgs
+from unfed.unlearning.base import Ingredients, Plan, Recipe, Situation, Source, unmet
+from unfed.unlearning.cost import Cost, cost_of
+from unfed.unlearning.registry import build_recipe
+
+FROM_THE_FINE_TUNING = ("global_rounds", "fraction_fit", "min_clients", "lr_schedule")
+"""Settings of ``trainer.method_args`` that a replay takes from there."""
+OF_THIS_RUN = ("report_to", "run_name", "logging_steps", "dataloader_num_workers", "eval_strategy", "use_cpu")
+"""Settings of ``trainer.args`` that change no weight: a replay keeps its own."""
+
+
+def recipe_of(config: RunConfig) -> Recipe:
+    """The recipe of an unlearning run (in one place: the only one that needs no clients)."""
+    given = config.recipe
+    return build_recipe(given.name, given.params) if given is not None else build_recipe("local_then_recover", {})
+
+
+def source_directory(config: RunConfig) -> Path | None:
+    """The run directory of the fine-tuning that the adapter comes from, through all unlearning runs in between."""
+    args = config.model.model_args
+    for named in (args.lora_model_path, args.pretrained_model_name_or_path):
+        place = Path(named) if named is not None else None
+        if place is None or not (place / RUN_FILE).is_file():
+            continue
+        record = read_json(place / RUN_FILE)
+        if record.get("mode") == "finetune":
+            return place
+        if record.get("mode") == "unlearn" and (source := record.get("source")) is not None:
+            return Path(source) if (Path(source) / RUN_FILE).is_file() else None
+    return None
+
+
+def read_source(place: Path) -> tuple[Source, RunConfig]:
+    """A fine-tuning as its ``run.json`` tells it, and its configuration. ``ArtifactError`` when that cannot be read."""
+    record = read_json(place / RUN_FILE)
+    stored = record.get("config") if isinstance(record, Mapping) else None
+    made, problems = validate(stored) if isinstance(stored, dict) else (None, ["it holds no configuration"])
+    if made is None or problems:
+        raise ArtifactError(f"{place / RUN_FILE} cannot be read as a run of this version: {'; '.join(problems)}")
+    rounds = record.get("rounds") or []
+    rule = build_aggregator(made.aggregator.name, made.aggregator.params) if made.aggregator else None
+    source = Source(
+        directory=place,
+        participants=tuple(tuple(r["clients"]) for r in rounds),
+        client_steps=int(sum(m.get("steps", 0) for r in rounds for m in r["metrics"].values())),
+        nbytes=sum(r["bytes_down"] + r["bytes_up"] for r in rounds),
+        aggregator=rule.name if rule else "none",
+        mean_step=rule.mean_step if rule else None,
+        kept=History(place).settings,
+    )
+    return source, made
+
+
+def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
+    """The configuration that the recipe really runs, and the fine-tuning that it goes back to.
+
+    A recipe that trains again (``Demands.replay``) takes over that run's model, seed, data, training settings,
+    partition and aggregator; output, evaluation and what is to be forgotten stay this run's own.
+    """
+    place = source_directory(config)
+    if place is None or config.recipe is None:
+        return config, None
+    source, made = read_source(place)
+    if not recipe_of(config).demands.replay:
+        return config, source
+    assert config.trainer is not None
+    if made.mode != "finetune" or made.trainer is None or made.data.train is None:
+        raise UnfedError(f"recipe={config.recipe.name}: {place} is not a fine-tuning that can be run again")
+    if made.trainer.handler not in FEDERATED_TRAINERS:
+        raise UnfedError(f"recipe={config.recipe.name}: {place} was trained in one place, without clients")
+    own = {k: v for k, v in config.trainer.args.items() if k in OF_THIS_RUN}
+    theirs = {k: v for k, v in made.trainer.args.items() if k not in OF_THIS_RUN}
+    taken = {name: getattr(made.trainer.method_args, name) for name in FROM_THE_FINE_TUNING}
+    trainer = replace(
+        config.trainer,
+        args={**theirs, **own},
+        method_args=replace(config.trainer.method_args, num_clients=None, unlearn_epochs=None, **taken),
+    )
+    manifest = str(place / PARTITION_FILE)
+    return (
+        replace(
+            config,
+            model=replace(config.model, model_args=made.model.model_args, template_args=made.model.template_args),
+            seed=made.seed,
+            trainer=trainer,
+            aggregator=made.aggregator,
+            collator=made.collator,
+            partition=replace(made.partition, manifest=manifest),
+            data=replace(config.data, retain=made.data.train, exclude=config.data.forget),
+        ),
+        source,
+    )
+
+
+def situation_of(partition: Partition, retain: set[str], targets: list[str], source: Source | None) -> Situation:
+    """Who is to forget and who is to keep; ``retain`` are the ids of the rows that stay."""
+    retainers = tuple(c for c, ids in partition.clients.items() if any(i in retain for i in ids))
+    return Situation(tuple(targets), retainers, source)
+
+
+def refuse_unmet(config: RunConfig, situation: Situation) -> None:
+    """Raise ``ConfigError`` with every reason why the recipe cannot be followed."""
+    if problems := unmet(recipe_of(config), situation):
+        raise ConfigError(problems)
+
+
+def announce(recipe: Recipe, plan: Plan, given: Ingredients, cost: Cost) -> dict[str, Any]:
+    """Say what the recipe needs, costs and promises; the same for ``run.json``."""
+    source = given.situation.source
+    needs = [f"history={kind}" for kind in sorted(recipe.demands.history)]
+    needs += ["the run directory of the fine-tuning"] if recipe.demands.source else []
+    needs += [f"the forget rows, at {', '.join(given.targets)}"] if _asks_targets(plan) else []
+    compared = ""
+    if source is not None and source.client_steps:
+        compared = ": " + cost.against(Cost(len(source.participants), source.client_steps, source.nbytes))
+    say(f"recipe {recipe.name} needs: {'; '.join(needs) or 'nothing of the fine-tuning'}")
+    say(f"  costs: {cost.words()}{compared}")
+    say(f"  promises ({recipe.promise.kind}): {recipe.promise.text}")
+    return {
+        "name": recipe.name,
+        "settings": recipe.settings(),
+        "needs": needs,
+        "cost": cost,
+        "promise": recipe.promise,
+        "targets": given.targets,
+    }
+
+
+def _asks_targets(plan: Plan) -> bool:
+    return any(w.rows == "forget" for phase in plan.schedule.phases for w in phase.work.values())
+
+
+def expected_cost(plan: Plan, clients: Mapping[str, ClientData], args: LoopArgs, adapter_bytes: int) -> Cost:
+    """Of a plan, with every client in every round."""
+    rows: dict[str, dict[Split, int]] = {
+        c: {s: len(found) for s, found in d.splits.items()} for c, d in clients.items()
+    }
+    return cost_of(plan.schedule, plan.start.round if plan.start else 0, rows, args.step_size(), adapter_bytes)
+
+
+def plan_of(
+    config: RunConfig,
+    args: LoopArgs,
+    situation: Situation,
+    clients: Mapping[str, ClientData],
+    rule: Aggregator,
+    loaded: LoadedModel,
+) -> tuple[Plan, dict[str, Any]]:
+    """The order of work, and what is to be recorded of it."""
+    if config.mode == "finetune":
+        return Plan(finetune_schedule(config, args, clients, rule)), {}
+    recipe, given = recipe_of(config), ingredients_of(config, args, situation, rule, loaded)
+    plan = recipe.plan(given)
+    cost = expected_cost(plan, clients, args, given.start.nbytes)
+    source = situation.source
+    notes = {"recipe": announce(recipe, plan, given, cost)}
+    return plan, notes | ({"source": str(source.directory)} if source else {})
+
+
+def keep_history(
+    config: RunConfig, directory: RunDir, rule: Aggregator, schedule: Schedule, state: ServerState
+) -> HistoryWriter | None:
+    """The keeper of what ``history=`` asks for, with its size said; ``None`` for nothing."""
+    settings = HistorySettings(config.history.keep, config.history.every)
+    if not settings.keep:
+        return None
+    clients = len({c for phase in schedule.phases for c in phase.work})
+    size = settings.nbytes(clients, schedule.num_rounds, state.adapter, len(rule.init(state.adapter)))
+    say(f"history: keeps {', '.join(settings.keep)}, about {size / 1e6:.1f} MB, in {directory.path / HISTORY_DIR}")
+    history = HistoryWriter(directory.path, settings, rule)
+    history.begin(state)
+    return history
