@@ -1,8 +1,9 @@
 """How peak memory grows with the number of clients, in adapters for each further client.
 
 Every point is a process of its own: one federated run with a checkpoint each round, measured from after the model was
-made and trained one step (so that loading does not hide it). ``finetune`` trains all clients; ``npo`` lets every client
-unlearn first, which keeps a frozen reference for each.
+made and trained one step (so that loading does not hide it). ``finetune`` trains all clients; ``NPO`` lets every client
+unlearn first, which needs a frozen reference policy. ``GradDiff`` is the same without one: beside it, at the smallest
+number of clients, stands what NPO's reference costs (a second model would cost all of the base weights again).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from setting import SHAPES, Shape, arguments, make_local, make_model, record
 
 from unfed.models.adapter import snapshot
 
-RECIPES: tuple[Recipe, ...] = ("finetune", "npo")
+GROWING: tuple[Recipe, ...] = ("finetune", "NPO")
+RECIPES: tuple[Recipe, ...] = (*GROWING, "GradDiff")
 ROWS = 4
 
 
@@ -44,14 +46,18 @@ def growth(counts: list[int], points: list[dict[str, int]], where: str) -> float
 
 
 def measure(shape: Shape, counts: list[int]) -> dict[str, Any]:
-    """Peaks for each number of clients and each recipe, and their growth."""
+    """Peaks for each number of clients and each recipe, their growth, and NPO's peak over GradDiff's."""
     result: dict[str, Any] = {"clients": counts}
-    for recipe in RECIPES:
+    plain = _in_process_of_its_own(shape, counts[0], "GradDiff")
+    for recipe in GROWING:
         points = [_in_process_of_its_own(shape, count, recipe) for count in counts]
         result["adapter_bytes"] = points[0]["adapter"]
         for where in [k for k in points[0] if k != "adapter"]:
             result[f"{recipe}_{where}_peak_bytes"] = [p[where] for p in points]
             result[f"{recipe}_{where}_adapters_per_client"] = growth(counts, points, where)
+            if recipe == "NPO":
+                result[f"GradDiff_{where}_peak_bytes"] = plain[where]
+                result[f"NPO_over_GradDiff_{where}"] = points[0][where] / plain[where]
     return result
 
 

@@ -17,11 +17,13 @@ from unfed.federated.schedule import Schedule
 from unfed.federated.transport import InProcess
 from unfed.models.adapter import lora_scaling, snapshot
 from unfed.objectives.nll import NLL
-from unfed.objectives.npo import NPO
+from unfed.objectives.registry import build_objective
 from unfed.training.loop import Local
-from unfed.unlearning.recipes import Ingredients, finetune, local_then_recover
+from unfed.unlearning.base import Ingredients, Situation
+from unfed.unlearning.finetune import finetune
+from unfed.unlearning.local_then_recover import LocalThenRecover
 
-Recipe = Literal["finetune", "npo"]
+Recipe = Literal["finetune", "NPO", "GradDiff"]
 
 
 def make_clients(shape: Shape, count: int, rows: int) -> dict[str, ClientData]:
@@ -36,10 +38,12 @@ def make_clients(shape: Shape, count: int, rows: int) -> dict[str, ClientData]:
 
 
 def make_schedule(recipe: Recipe, clients: list[str], rounds: int) -> Schedule:
-    """Plain training, or NPO on every client followed by recovery: the recipe that holds most references."""
+    """Plain training, or a method on every client followed by recovery; NPO needs a reference policy."""
     if recipe == "finetune":
         return finetune(clients, NLL(), 1.0, rounds)
-    return local_then_recover(Ingredients(clients, clients, NPO(), NLL(), 1.0, 1.0, rounds))
+    everyone = Situation(tuple(clients), tuple(clients))
+    given = Ingredients(everyone, build_objective(recipe, {}), NLL(), 1.0, 1.0, rounds)
+    return LocalThenRecover().plan(given).schedule
 
 
 def federated_run(local: Local, clients: dict[str, ClientData], schedule: Schedule, directory: Path) -> RunKeeper:

@@ -55,11 +55,21 @@ def test_growth_is_a_slope_in_adapters(bench):
 
 
 def test_memory_of_one_point_in_a_process_of_its_own(bench, tiny):
-    point = bench["memory"]._in_process_of_its_own(tiny, 2, "npo")
+    point = bench["memory"]._in_process_of_its_own(tiny, 2, "NPO")
     assert point["host"] > 50e6
     # 2 layers; rank 16; for q, o, gate, up, down and k, v (width 32): r * (in + out), in float32.
     per_layer = 16 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
     assert point["adapter"] == 2 * per_layer * 4
+
+
+def test_npos_reference_is_compared_with_a_run_that_has_none(bench, tiny, monkeypatch):
+    """Peaks of 100 bytes a client for plain training, 110 with NPO, 108 without its reference."""
+    per_client = {"finetune": 100, "NPO": 110, "GradDiff": 108}
+    fake = lambda shape, count, recipe: {"host": per_client[recipe] * count, "adapter": 10}  # noqa: E731
+    monkeypatch.setattr(bench["memory"], "_in_process_of_its_own", fake)
+    found = bench["memory"].measure(tiny, [2, 4])
+    assert found["NPO_over_GradDiff_host"] == pytest.approx(220 / 216)
+    assert found["NPO_host_adapters_per_client"] == pytest.approx(11)
 
 
 def test_needed_flops_by_hand(bench, tiny):
