@@ -70,6 +70,7 @@ def test_totals_count_the_whole_step():
     assert totals.examples["train"] == 5
     assert totals.tokens["train"] == sum(e.num_label_tokens for e in given)
     assert totals.positions["train"] == 3 * 6 + 2 * 8
+    assert totals.lengths["train"] == tuple(e.num_label_tokens for e in given)
 
 
 def test_retain_rows_are_drawn_without_replacement_over_an_epoch():

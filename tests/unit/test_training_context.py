@@ -196,3 +196,17 @@ def test_kl_under_autocast_compares_with_the_earlier_weights(small_local, small_
     assert float(after) == pytest.approx(float(before))
     kl.backward()
     assert sum(float(p.grad.abs().sum()) for p in trainable_parameters(local.model).values() if p.grad is not None) > 0
+
+
+def test_counts_are_those_of_the_whole_step_and_labels_need_no_forward_pass(small_local, small_examples):
+    local = small_local()
+    mine, others = local.collation.batch(small_examples[:3]), local.collation.batch(small_examples[3:8])
+    totals = totals_of([{"forget": mine}, {"forget": others}])
+    ctx = ModelContext(None, {"forget": mine}, totals, "forget", Companions())
+    lengths = [e.num_label_tokens for e in small_examples[:8]]
+    assert ctx.count("forget", "examples") == 8 and ctx.count("forget", "answer") == sum(lengths)
+    assert ctx.count("forget", "all") == mine.input_ids.numel() + others.input_ids.numel()
+    assert ctx.count_after("forget", 5) == sum(max(0, n - 5) for n in lengths)
+    assert ctx.count_after("forget", 1000) == 1, "a mean over nothing divides by one"
+    answers = [i for e in small_examples[:3] for i in e.input_ids[e.prompt_len :]]
+    assert ctx.labels("forget").tolist() == answers

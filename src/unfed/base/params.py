@@ -20,11 +20,12 @@ STRICT: dict[str, Any] = {"extra": "forbid"}
 
 @dataclass(frozen=True)
 class NumberRule:
-    """A finite number within open (``above``, ``below``) or closed (``at_least``) limits."""
+    """A finite number within open (``above``, ``below``) or closed (``at_least``) limits; ``whole``: an integer."""
 
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
+    whole: bool = False
 
     def complaint(self, value: object) -> str | None:
         """Why ``value`` is refused, or ``None``."""
@@ -33,8 +34,11 @@ class NumberRule:
             for words, limit in (("above", self.above), ("at least", self.at_least), ("below", self.below))
             if limit is not None
         ]
-        wanted = " ".join(["must be a number", " and ".join(limits)]).strip()
+        kind = "a whole number" if self.whole else "a number"
+        wanted = " ".join([f"must be {kind}", " and ".join(limits)]).strip()
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return f"{wanted}, not {value!r}"
+        if self.whole and not isinstance(value, int):
             return f"{wanted}, not {value!r}"
         inside = (
             (self.above is None or value > self.above)
@@ -62,6 +66,11 @@ def number(
 ) -> Any:
     """A dataclass field for a numeric hyperparameter."""
     return field(default=default, metadata={_KEY: NumberRule(above, at_least, below)})
+
+
+def whole(default: int, *, at_least: int | None = None) -> Any:
+    """A dataclass field for a hyperparameter that counts something."""
+    return field(default=default, metadata={_KEY: NumberRule(at_least=at_least, whole=True)})
 
 
 def choice(default: str | None, choices: tuple[str | None, ...]) -> Any:

@@ -11,9 +11,10 @@ from unfed.data.spec import DatasetSpec as DatasetConfig
 from unfed.data.spec import Template as TemplateArgs
 from unfed.evaluation.lm_tasks import LmEvalArgs
 from unfed.models.spec import ModelArgs, TokenizerArgs
+from unfed.objectives import names
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
-METHODS = ("GradAscent", "GradDiff", "NPO", "SimNPO")
+METHODS = tuple(names.METHODS)
 RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 

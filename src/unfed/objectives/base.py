@@ -12,6 +12,7 @@ from unfed.base.types import LossTerms, Split
 RetainLoss = Literal["NLL", "KL"]
 Parity = Literal["openunlearning"]
 Positions = Literal["answer", "all"]
+Counted = Literal["answer", "all", "examples"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class StepContext(Protocol):
         ...
 
     def token_mean(self, split: Split, values: Tensor) -> Tensor:
-        """``values`` ``(B,)`` summed, divided by the labelled tokens of the whole step's ``split``: a scalar."""
+        """``values``, ``(N,)`` or ``(B,)``, summed and divided by the labelled tokens of the whole step's ``split``:
+        a scalar."""
         ...
 
     def example_mean(self, split: Split, values: Tensor) -> Tensor:
@@ -91,8 +93,12 @@ class StepContext(Protocol):
         ``Needs.reference_distribution``."""
         ...
 
-    def count(self, split: Split, positions: Positions) -> int:
-        """How many such positions the whole step has (1 at least): what a mean over them divides by."""
+    def count(self, split: Split, counted: Counted) -> int:
+        """How many such positions, or examples, the whole step has (1 at least): what a mean over them divides by."""
+        ...
+
+    def count_after(self, split: Split, skipped: int) -> int:
+        """Labelled tokens of the whole step without the first ``skipped`` of each example (1 at least)."""
         ...
 
     def hidden(self, split: Split, layer: int) -> Tensor:

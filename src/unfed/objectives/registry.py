@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
 from unfed.base import params as hyper
 from unfed.base.errors import ConfigError, nearest
 from unfed.objectives.base import Objective
-from unfed.objectives.grad_ascent import GradAscent
-from unfed.objectives.grad_diff import GradDiff
+from unfed.objectives.names import METHODS
 from unfed.objectives.nll import NLL
-from unfed.objectives.npo import NPO
-from unfed.objectives.simnpo import SimNPO
 
-ObjectiveClass = type[NLL] | type[GradAscent] | type[GradDiff] | type[NPO] | type[SimNPO]
-
-OBJECTIVES: Mapping[str, ObjectiveClass] = MappingProxyType(
-    {cls.__name__: cls for cls in (NLL, GradAscent, GradDiff, NPO, SimNPO)}
+OBJECTIVES: Mapping[str, type[Any]] = MappingProxyType(
+    {"NLL": NLL}
+    | {name: getattr(import_module(f"unfed.objectives.{module}"), name) for name, module in METHODS.items()}
 )
-UNLEARNING_METHODS: tuple[str, ...] = tuple(name for name in OBJECTIVES if name != "NLL")
+UNLEARNING_METHODS: tuple[str, ...] = tuple(METHODS)
 """The objectives that unlearn; ``NLL`` is plain training."""
 
 

@@ -1,4 +1,4 @@
-"""The retain term that GradDiff, NPO and SimNPO have in common."""
+"""The retain term that most methods have in common."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from unfed.base.params import Hyperparameters, choice, number
-from unfed.base.types import LossTerms
+from unfed.base.types import LossTerms, Split
 from unfed.objectives.base import Needs, Parity, RetainLoss, StepContext
 
 
@@ -26,8 +26,8 @@ def retain_loss(ctx: StepContext, kind: RetainLoss, parity: Parity | None = None
 class WithRetain(Hyperparameters):
     """``gamma * forget + alpha * retain``: the weights of both terms and the kind of the second.
 
-    With ``alpha = 0`` no retain batch is asked for. ``parity`` acts on ``retain_loss_type="KL"`` alone,
-    see :func:`retain_loss`.
+    With ``alpha = 0`` no retain batch is asked for. ``parity`` acts on ``retain_loss_type="KL"``, see
+    :func:`retain_loss`, and on nothing else where a method does not say so.
     """
 
     gamma: float = number(1.0, above=0)
@@ -35,10 +35,14 @@ class WithRetain(Hyperparameters):
     retain_loss_type: RetainLoss = choice("NLL", ("NLL", "KL"))
     parity: Parity | None = choice(None, ("openunlearning", None))
 
-    def _needs(self, reference: bool) -> Needs:
+    def _needs(
+        self, reference: bool, splits: tuple[Split, ...] = ("forget",), *, reference_distribution: bool = False
+    ) -> Needs:
+        """``splits`` and what they need; with ``alpha`` above 0 the retain term's besides."""
         if self.alpha == 0:
-            return Needs(frozenset({"forget"}), reference)
-        return Needs(frozenset({"forget", "retain"}), reference, self.retain_loss_type == "KL")
+            return Needs(frozenset(splits), reference, reference_distribution)
+        distribution = reference_distribution or self.retain_loss_type == "KL"
+        return Needs(frozenset({*splits, "retain"}), reference, distribution)
 
     def _total(self, ctx: StepContext, forget: Tensor) -> LossTerms:
         """Join the forget term with the retain term; the parts are logged without their weights."""

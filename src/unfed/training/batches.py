@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unfed.base.errors import UnfedError
 from unfed.base.seeding import torch_generator
-from unfed.base.types import IGNORE_INDEX, Batch, Split
+from unfed.base.types import Batch, Split
 from unfed.data.chat import EncodedExample
 from unfed.data.collate import ForgetRetainPairs, collate, length_grouped_batches
 
@@ -22,12 +22,14 @@ Indices = Mapping[Split, Sequence[int]]
 class StepTotals:
     """Counts over a whole optimizer step (all its micro-batches), by split.
 
-    ``positions`` are all positions of the padded micro-batches, padding included.
+    ``positions`` are all positions of the padded micro-batches, padding included; ``lengths`` are the labelled tokens
+    of each example.
     """
 
     examples: Mapping[Split, int]
     tokens: Mapping[Split, int]
     positions: Mapping[Split, int]
+    lengths: Mapping[Split, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,14 @@ def totals_of(micro: Sequence[Mapping[Split, Batch]]) -> StepTotals:
     for batches in micro:
         for split, batch in batches.items():
             found.setdefault(split, []).append(batch)
+    lengths: dict[Split, tuple[int, ...]] = {
+        s: tuple(n for b in bs for n in b.num_label_tokens.tolist()) for s, bs in found.items()
+    }
     return StepTotals(
-        {s: sum(len(b) for b in bs) for s, bs in found.items()},
-        {s: sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in bs) for s, bs in found.items()},
+        {s: len(each) for s, each in lengths.items()},
+        {s: sum(each) for s, each in lengths.items()},
         {s: sum(b.input_ids.numel() for b in bs) for s, bs in found.items()},
+        lengths,
     )
 
 

@@ -20,7 +20,7 @@ from unfed.models.forward import (
     labelled_logits,
     per_answer,
 )
-from unfed.objectives.base import Positions
+from unfed.objectives.base import Counted, Positions
 from unfed.objectives.tokens import kl_divergence
 from unfed.training.batches import StepTotals
 
@@ -156,16 +156,24 @@ class ModelContext:
 
     def labels(self, split: Split) -> Tensor:
         """See the protocol."""
-        return self._labelled(split).labels
+        if split in self._logits:
+            return self._logits[split].labels
+        labels = self._batches[split].labels[:, 1:]
+        return labels[labels != IGNORE_INDEX]
 
     def reference_logits(self, split: Split, positions: Positions = "answer") -> Tensor:
         """See the protocol."""
         return self._reference().logits(self._batches[split], positions)
 
-    def count(self, split: Split, positions: Positions) -> int:
+    def count(self, split: Split, counted: Counted) -> int:
         """See the protocol."""
-        counts = self._totals.tokens if positions == "answer" else self._totals.positions
+        totals = self._totals
+        counts = {"answer": totals.tokens, "all": totals.positions, "examples": totals.examples}[counted]
         return max(1, counts[split])
+
+    def count_after(self, split: Split, skipped: int) -> int:
+        """See the protocol."""
+        return max(1, sum(max(0, n - skipped) for n in self._totals.lengths[split]))
 
     def hidden(self, split: Split, layer: int) -> Tensor:
         """See the protocol."""
