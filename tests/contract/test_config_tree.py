@@ -104,6 +104,7 @@ RUNS = {
 def test_every_primary_configuration_takes_every_trainer_of_its_mode(primary, trainer):
     mode = "finetune" if primary.startswith("train") else "unlearn"
     argv = [f"trainer={trainer}", "task_name=t", f"experiment={mode}/tofu/default"]
+    argv += ["data.alternate=alternates.json"] if trainer == "AltPO" else []
     config = resolve(argv, f"{primary}.yaml")
     federated = trainer in schema.FEDERATED_TRAINERS
     assert (config.mode, config.trainer.handler) == (mode, trainer)

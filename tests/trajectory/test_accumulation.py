@@ -22,6 +22,8 @@ OBJECTIVES = {
     "GradDiff_KL": build_objective("GradDiff", {"retain_loss_type": "KL"}),
     "NPO_NLL": build_objective("NPO", {}),
     "SimNPO": build_objective("SimNPO", {}),
+    "DPO": build_objective("DPO", {}),
+    "CEU": build_objective("CEU", {"ignore_first_n_answer_tokens": 4, "gamma": 20.0}),
     "NPO+proximal": Proximal(build_objective("NPO", {}), 5.0),
 }
 
@@ -41,6 +43,7 @@ def test_the_trajectory_of_a_client(small_local, small_examples, name):
     objective = OBJECTIVES[name]
     driver = "train" if name == "NLL" else "forget"
     data = {"forget": small_examples[:11], "retain": small_examples[4:], "train": small_examples[:11]}
+    data["alternate"] = small_examples[7:]
     ends = []
     for micro, accumulation in ((8, 1), *((8 // c, c) for c in (2, 4, 8))):
         local = small_local(

@@ -12,13 +12,11 @@ from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import ConfigError, DataError, UnfedError
-from unfed.base.types import Example, Split
+from unfed.base.types import Example
+from unfed.config.checks import alternate_problems
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
-from unfed.data.chat import EncodedExample, encode_rows
 from unfed.data.datasets import load_rows
 from unfed.data.partition import Partition, PartitionSpec, make_partition
-from unfed.data.refusals import alternate_answers, load_refusals
-from unfed.data.texts import encode_texts
 from unfed.federated.client import ClientData
 from unfed.federated.schedule import Participation
 from unfed.models.adapter import lora_scaling
@@ -56,8 +54,9 @@ class Rows:
 
 
 def refuse_unknown(config: RunConfig) -> None:
-    """Raise ``ConfigError`` for an unknown method, strategy or hyperparameter, before anything is loaded."""
-    problems = []
+    """Raise ``ConfigError`` for an unknown method, strategy or hyperparameter, and for a method without the file
+    that it trains on, before anything is loaded."""
+    problems = list(alternate_problems(config))
     if config.method is not None:
         problems += objective_problems(config.method.name, config.method.params)
     if config.aggregator is not None:
@@ -187,43 +186,6 @@ def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str
             "to let every owner unlearn its rows, or fine-tune with partition=target and this forget_split"
         )
     return [target]
-
-
-def encode_clients(config: RunConfig, loaded: LoadedModel, rows: Rows, partition: Partition) -> dict[str, ClientData]:
-    """Tokenise every row once and hand each client its own."""
-    template = config.model.template_args
-
-    def encode(split: str, examples: Sequence[Example]) -> dict[str, list[EncodedExample]]:
-        spec: DatasetConfig | None = getattr(config.data, split)
-        found: dict[str, list[EncodedExample]] = {}
-        if examples and spec is not None and spec.question_key is None:
-            encoded = encode_texts(loaded.tokenizer, examples, spec.max_length)
-        else:
-            encoded = encode_rows(loaded.tokenizer, template, examples, spec.max_length if spec else None)
-        for e in encoded:
-            found.setdefault(e.example_id, []).append(e)
-        return found
-
-    train = encode("train", rows.train)
-    # Fine-tuning trains on ``train`` alone; ``forget`` marks the rows whose loss is recorded for unlearning.
-    marked = {e["id"]: train[e["id"]] for e in rows.forget if e["id"] in train}
-    by_split: dict[Split, dict[str, list[EncodedExample]]] = {"train": train, "forget": marked}
-    if config.mode == "unlearn":
-        refusals = load_refusals(config.data.idk)
-        plain = config.data.forget is not None and config.data.forget.question_key is None
-        alternates = [] if plain else alternate_answers(rows.forget, config.seed, refusals)
-        retain = encode("retain", rows.retain)
-        # Recovery is plain training on the retain rows, so the retain rows are its ``train`` split.
-        by_split = {
-            "train": retain,
-            "retain": retain,
-            "forget": encode("forget", rows.forget),
-            "alternate": encode("forget", alternates),
-        }
-    return {
-        client: ClientData(client, {s: [e for i in ids for e in found.get(i, ())] for s, found in by_split.items()})
-        for client, ids in partition.clients.items()
-    }
 
 
 def server_rule(config: RunConfig, loaded: LoadedModel) -> Aggregator:

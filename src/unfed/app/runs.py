@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unfed.app import build, recipes
+from unfed.app import build, encode, recipes
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -93,7 +93,7 @@ def evaluate_only(config: RunConfig) -> RunResult:
     assert config.eval is not None
     rows = evaluation_rows(config.eval, config.paths.data_dir)  # a wrong row is found before the model is opened
     with open_run(config) as directory:
-        loaded = _open(config, trainable=False)
+        loaded = open_model(config, trainable=False)
         result = evaluate_model(config, loaded, directory.path, rows)
         directory.note(summary=result.summary())
         if config.eval.robustness is not None:
@@ -101,7 +101,8 @@ def evaluate_only(config: RunConfig) -> RunResult:
         return RunResult(directory.path, (), result.summary(), result)
 
 
-def _open(config: RunConfig, *, trainable: bool) -> LoadedModel:
+def open_model(config: RunConfig, *, trainable: bool) -> LoadedModel:
+    """Load the configuration's model and say how. ``AdapterError``: its adapter belongs to another base."""
     args = config.model.model_args
     if config.trainer is not None and config.trainer.args.get("use_cpu") and args.device_map is None:
         args = dataclasses.replace(args, device_map="cpu")
@@ -129,6 +130,7 @@ def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Par
     else:
         refuse_unfinished(Path(config.paths.output_dir), overwrite=config.overwrite)
     rows = build.read_rows(config)
+    encode.alternates_of(config, rows)  # a file that does not serve is found before the model is opened
     partition, where = build.settle_partition(config, rows)
     if config.mode == "finetune":
         return rows, partition, where, Situation((), ())
@@ -145,9 +147,9 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
     identity = training_identity(config)
     rows, partition, where, situation = _prepared(config, source)
     with open_run(config) as directory:
-        loaded = _open(config, trainable=True)
+        loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
-        clients = build.encode_clients(config, loaded, rows, partition)
+        clients = encode.encode_clients(config, loaded, rows, partition)
         rule = build.server_rule(config, loaded)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         schedule = plan.schedule

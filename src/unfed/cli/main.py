@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, Command] = {
     "real": Command("the same with SmolLM2-135M-Instruct on TOFU", "unfed.cli.study:real"),
     "report": Command("write one page that compares finished runs", "unfed.cli.report:report"),
     "compare": Command("put runs that differ in seed together: median and range", "unfed.cli.report:compare"),
+    "alternates": Command(
+        "have a model write other answers to the forget questions, for AltPO", "unfed.cli.alternates:main"
+    ),
     "config": Command("print the run that these overrides describe", "unfed.cli.show:config"),
     "plan": Command("print what such a run trains, sends and needs", "unfed.cli.show:plan"),
 }

@@ -20,6 +20,7 @@ from unfed.config.schema import (
     RunConfig,
     TrainerConfig,
 )
+from unfed.objectives.names import GENERATED_ALTERNATES, WITH_ALTERNATES
 
 FINETUNERS = ("FederatedFinetune", "finetune")
 UNLEARNERS = ("FederatedUnlearningTrainer", *METHODS)
@@ -204,6 +205,28 @@ def _data(config: RunConfig) -> Iterator[str]:
             yield f"{key}.limit={dataset.limit}: keeps no row; use 1 or more, or null"
 
 
+def alternate_problems(config: RunConfig) -> Iterator[str]:
+    """A method that trains on other answers to the forget questions has some."""
+    data, method = config.data, config.method.name if config.method is not None else None
+    if config.mode != "unlearn" or data.forget is None:
+        return
+    if data.alternate is not None and data.idk is not None:
+        yield f"data.alternate={data.alternate} and data.idk={data.idk}: give one of them"
+    if method in WITH_ALTERNATES and data.forget.question_key is None:
+        yield (
+            f"method={method}: teaches another answer to each forget question, and plain text "
+            "(data.forget.question_key=null) has no questions; take a method that needs none (method=NPO)"
+        )
+    elif method in GENERATED_ALTERNATES and data.alternate is None:
+        model = config.model.model_args.pretrained_model_name_or_path
+        yield (
+            f"method={method}: needs data.alternate=FILE, other answers to the forget questions. With the same "
+            "overrides as this run, this writes it: unfed alternates --output FILE "
+            f"model.model_args.pretrained_model_name_or_path={model} forget_split={data.forget.name} "
+            "(method=DPO does the same with refusals)"
+        )
+
+
 def _overlap(forget: DatasetConfig, retain: DatasetConfig) -> str | None:
     """TOFU's numbers are percent of its authors: forget10 and retain95 have 5 percent in common."""
     a, b = re.fullmatch(r"forget(\d\d)", forget.name), re.fullmatch(r"retain(\d\d)", retain.name)
@@ -237,4 +260,4 @@ def _limits(config: RunConfig) -> Iterator[str]:
         yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
 
 
-CHECKS = (_trainer, _recipe, _federation, _lora, _data, _limits, evaluation_settings)
+CHECKS = (_trainer, _recipe, _federation, _lora, _data, alternate_problems, _limits, evaluation_settings)

@@ -131,7 +131,11 @@ def _logs(given: EvalConfig, rows: Mapping[str, Sequence[Example]]) -> None:
 
 
 def _other_files(config: RunConfig) -> Iterator[str]:
-    named = {"partition.manifest": config.partition.manifest, "data.idk": config.data.idk}
+    named = {
+        "partition.manifest": config.partition.manifest,
+        "data.idk": config.data.idk,
+        "data.alternate": config.data.alternate,
+    }
     if config.eval is not None:
         named["retain_logs_path"] = config.eval.retain_logs_path
         named["eval.finetuned_logs_path"] = config.eval.finetuned_logs_path

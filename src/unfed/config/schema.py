@@ -116,7 +116,8 @@ class PartitionConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Fine-tuning reads ``train`` (and ``forget``, to know which rows the target client will own);
-    unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list). Rows of
+    unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list), ``alternate``
+    one of other answers to the forget questions, used instead of refusals (``unfed alternates`` writes it). Rows of
     ``exclude`` are left out of ``train`` and ``retain``: what an oracle must not see, or what was forgotten before."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -125,6 +126,7 @@ class DataConfig:
     retain: DatasetConfig | None = None
     exclude: DatasetConfig | None = None
     idk: str | None = None
+    alternate: str | None = None
 
 
 @dataclass(frozen=True)

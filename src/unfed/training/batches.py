@@ -56,7 +56,8 @@ class Collation:
 
 @dataclass(frozen=True)
 class TrainRows:
-    """A client's encoded rows by split. ``alternate`` (if any) is aligned with ``forget``, row by row."""
+    """A client's encoded rows by split. ``alternate`` (if any) is aligned with ``forget``, row by row; where a question
+    has several alternates, it is as many times as long, block after block."""
 
     splits: Mapping[Split, Sequence[EncodedExample]]
 
@@ -74,6 +75,7 @@ def plan_epoch(rows: TrainRows, driver: Split, needs: frozenset[Split], size: in
     """Which rows each optimizer step of an epoch uses: every row of ``driver`` once, in groups of like length.
 
     Where retain rows are needed beside forget rows, each step draws as many, without replacement over the epoch.
+    Of several alternates to a forget row, each epoch draws one.
     """
     lengths = tuple(len(e) for e in rows.splits[driver])
     if driver == "forget" and "retain" in needs:
@@ -83,8 +85,12 @@ def plan_epoch(rows: TrainRows, driver: Split, needs: frozenset[Split], size: in
     else:
         steps = [{driver: group} for group in length_grouped_batches(lengths, size, g)]
     if "alternate" in needs:
+        count = len(rows.splits["forget"])
+        blocks = len(rows.splits["alternate"]) // count
         for step in steps:
-            step["alternate"] = step["forget"]
+            forget = step["forget"]
+            drawn = torch.randint(blocks, (len(forget),), generator=g).tolist() if blocks > 1 else [0] * len(forget)
+            step["alternate"] = [i + count * block for i, block in zip(forget, drawn, strict=True)]
     return list(steps)
 
 
