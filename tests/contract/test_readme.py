@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from unfed.base.errors import ConfigError
-from unfed.cli import evaluate, fed_train, show, study, train
-from unfed.config import compat, load
+from unfed.cli import alternates, evaluate, fed_train, show, study, train
+from unfed.config import compat, load, schema
 
 REPO = Path(__file__).resolve().parents[2]
 MODEL = "model.model_args.pretrained_model_name_or_path"
@@ -24,6 +24,7 @@ PAIRS = {
     "README.md": "README.zh-CN.md",
     "docs/lora.md": "docs/lora.zh-CN.md",
     "docs/unlearning.md": "docs/unlearning.zh-CN.md",
+    "docs/methods.md": "docs/methods.zh-CN.md",
     "docs/evaluation.md": "docs/evaluation.zh-CN.md",
 }
 PAGES = [*PAIRS, *PAIRS.values()]
@@ -62,6 +63,7 @@ PROGRAMS = {
     ("unfed", "config"): Program(show.DEFAULT, show.config, runs=False),
     ("unfed", "plan"): Program(show.DEFAULT, show.plan, runs=False),
     ("unfed", "oracle"): Program(show.DEFAULT, show.oracle, runs=False),
+    ("unfed", "alternates"): Program(alternates.PRIMARY, alternates.main, runs=False),
 }
 OTHERS = {"make", "pip", "source", "python3.11"}
 """Commands that are not ours; test_project.py looks at make's targets."""
@@ -121,6 +123,20 @@ def test_every_command_of_the_readme_composes_into_a_valid_run_as_it_stands():
             problems.append(f"{shlex.join(words)}: {e}")
     assert not problems
     assert {("finetune", "SAMPLE_TRAIN"), ("unlearn", "by_script"), ("eval", "fed_lora_unlearn")} <= composed
+
+
+def test_every_command_about_methods_composes_and_every_method_has_a_section():
+    for words in commands("docs/methods.md"):
+        program = program_of(words)
+        assert program is not None, words
+        argv = list(words[2:])
+        if words[1] == "alternates":
+            while argv[0].startswith("--"):
+                argv = argv[2:]
+            argv.append("task_name=alternates")
+        assert compat.resolve(argv, program.config).mode == "unlearn"
+    sections = re.findall(r"^### (\w+)$", text("docs/methods.md"), flags=re.M)
+    assert sections[: len(schema.METHODS)] == list(schema.METHODS)
 
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS.items())
@@ -263,7 +279,9 @@ def read(group: str, name: str) -> dict:
     return yaml.safe_load((REPO / "configs" / group / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("page", "group"), [("README.md", "aggregator"), ("README.md", "method")])
+@pytest.mark.parametrize(
+    ("page", "group"), [("README.md", "aggregator"), ("README.md", "method"), ("docs/methods.md", "method")]
+)
 def test_the_defaults_in_tables_are_those_of_the_configuration(page, group):
     names = {f.stem for f in (REPO / "configs" / group).glob("*.yaml")}
     shown = {name: cells for name, cells in rows(page, "name").items() if name in names}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,7 +23,8 @@ from unfed.models.spec import LoraArgs, ModelArgs, TokenizerArgs
 from unfed.objectives.nll import NLL
 from unfed.objectives.registry import UNLEARNING_METHODS, build_objective
 from unfed.training.args import loop_args
-from unfed.training.batches import Collation
+from unfed.training.batches import Collation, totals_of
+from unfed.training.context import Companions, ModelContext, Reference
 from unfed.training.loop import Local
 from unfed.unlearning.base import Ingredients, Situation
 from unfed.unlearning.interleaved import Interleaved
@@ -42,6 +47,36 @@ def world(make_base, tmp_path_factory):
     g = torch.Generator().manual_seed(0)
     start = AdapterState({n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in snapshot(loaded.model).items()})
     return local, clients, start
+
+
+def shown_passes(repo_root: Path) -> dict[str, tuple[str, str]]:
+    """The columns ``passes`` and ``reference`` of the guide's table."""
+    lines = (repo_root / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    found = (re.fullmatch(r"\| `(\w+)` \|.*\| (\d) \| (\w+) \|", line) for line in lines)
+    return {m[1]: (m[2], m[3]) for m in found if m is not None}
+
+
+@pytest.mark.parametrize("method", UNLEARNING_METHODS)
+def test_the_guide_counts_the_passes_of_a_step(world, method, repo_root):
+    local, clients, start = world
+    objective, passes = build_objective(method, {}), Counter()
+    batches = {s: local.collation.batch(clients["a"].splits[s][:2]) for s in sorted(objective.needs.splits)}
+    reference = Reference(local.model, start)
+    hook = local.model.get_base_model().model.register_forward_hook(
+        lambda *_: passes.update(["policy" if torch.is_grad_enabled() else "reference"])
+    )
+    try:
+        for split in objective.needs.splits - {"retain"} if objective.needs.reference else ():
+            reference.prepare(split, [batches[split]])
+        once = passes.pop("reference", 0)
+        driver = next(iter(batches))
+        ctx = ModelContext(local.model, batches, totals_of([batches]), driver, Companions(reference))
+        objective(ctx).total.backward()
+    finally:
+        hook.remove()
+        local.model.zero_grad(set_to_none=True)
+    said = (str(passes["policy"]), "once" if once else str(passes["reference"]))
+    assert shown_passes(repo_root)[method] == said
 
 
 @pytest.mark.parametrize("method", UNLEARNING_METHODS)

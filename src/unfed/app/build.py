@@ -17,7 +17,6 @@ from unfed.config.checks import alternate_problems
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.data.datasets import load_rows
 from unfed.data.partition import Partition, PartitionSpec, make_partition
-from unfed.federated.client import ClientData
 from unfed.federated.schedule import Participation
 from unfed.models.adapter import lora_scaling
 from unfed.models.load import LoadedModel
