@@ -7,7 +7,6 @@ and evaluated with the unlearning run's own suite; the result is what ``retain_l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from unfed.app.evaluate import evaluation_rows
 from unfed.app.probe import origin_of
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, seen_rows, training_identity
+from unfed.app.stages import Start, carry_on
 from unfed.base.artifacts import digest_file, digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
 from unfed.config.preflight import preflight
@@ -23,10 +23,6 @@ from unfed.config.schema import EvalConfig, HistoryConfig, RunConfig
 from unfed.config.shape import validate
 from unfed.data.datasets import load_rows
 from unfed.evaluation.suites import SUITES
-from unfed.federated.checkpoint import Checkpoints
-
-Start = Callable[[RunConfig], Any]
-"""Runs a configuration: :func:`unfed.app.runs.run`."""
 
 RELATIVE = frozenset({"utility", "agg"})
 """Metrics that compare with the fine-tuned model."""
@@ -56,8 +52,7 @@ def oracle_logs(config: RunConfig, start: Start) -> Path:
         say(f"oracle: trained before ({place})")
     else:
         say(f"oracle: training the model that never saw the forget rows ({place})")
-        resume = Checkpoints(place, {}).exist()
-        start(replace(oracle, resume=resume, overwrite=not resume))
+        carry_on(oracle, start)
     return _evaluated(config, place, place, None, start)
 
 

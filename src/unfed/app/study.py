@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from unfed.app.progress import console, say
 from unfed.app.report import make_report, write_report
-from unfed.app.rundir import RUN_FILE, plain, run_status
+from unfed.app.rundir import run_status
 from unfed.app.runs import run
+from unfed.app.stages import is_done
 from unfed.base.artifacts import read_json, write_json
 from unfed.config.schema import RunConfig
 from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE
@@ -111,18 +111,12 @@ def _evaluation_of(study: Study) -> RunConfig:
 def _stage(name: str, config: RunConfig, *, keep: bool) -> bool:
     """Run a stage, or keep it where it was done with the same configuration; whether it was kept."""
     place = Path(config.paths.output_dir)
-    done = read_json(place / RUN_FILE).get("config") if keep and run_status(place) == "finished" else None
-    if done is not None and _lasting(done) == _lasting(plain(config)):
+    if keep and is_done(config):
         say(f"\n== {name}: done before, kept ({place})")
         return True
     say(f"\n== {name}")
     run(config)
     return False
-
-
-def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what only says how to start."""
-    return {k: v for k, v in config.items() if k not in {"resume", "overwrite"}}
 
 
 def _clear(study: Study) -> None:
