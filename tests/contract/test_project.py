@@ -18,7 +18,7 @@ SCRIPTS = sorted(p for d in ("scripts", "benchmarks", "examples") for p in (REPO
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 GUIDES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
 SHELL = {"bash", "sh", "shell", "console"}
-EXTRAS = {"flash_attn", "bitsandbytes", "deepspeed", "nvflare", "ray", "lm_eval", "evaluate"}
+EXTRAS = {"flash_attn", "bitsandbytes", "deepspeed", "nvflare", "ray", "lm_eval", "evaluate", "optuna"}
 # Parts of a named library that it pins itself.
 PARTS = {"pydantic_core": "pydantic"}
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, Command] = {
     "alternates": Command(
         "have a model write other answers to the forget questions, for AltPO", "unfed.cli.alternates:main"
     ),
+    "sweep": Command("runs over methods, recipes, aggregators, ranks and seeds: a row each", "unfed.cli.sweep:sweep"),
     "config": Command("print the run that these overrides describe", "unfed.cli.show:config"),
     "plan": Command("print what such a run trains, sends and needs", "unfed.cli.show:plan"),
 }
