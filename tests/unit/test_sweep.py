@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unfed.app.rundir import open_run, plain
+from unfed.app.rundir import open_run
 from unfed.app.stages import carry_on, is_done
 from unfed.app.sweep import Ledger, over_seeds, run_sweep
 from unfed.base.artifacts import read_json, write_json
 from unfed.base.errors import ConfigError, UnfedError
+from unfed.config.schema import EvalConfig
 from unfed.config.sweep import Span, corners, read_sweep, run_name
 from unfed.config.sweep_runs import Composer, FineTuning, checked
 
@@ -250,14 +252,16 @@ def test_a_broken_fine_tuning_stands_in_the_rows_of_its_runs(composer, ledger):
     assert [(r.status, r.reason) for r in rows] == [("failed", "fine-tuning: no"), ("finished", "")] * 2
 
 
-def test_what_the_oracle_fills_in_is_no_difference(small_run, tmp_path):
-    from dataclasses import replace
-
-    from unfed.config.schema import EvalConfig
-
+def test_what_a_run_settles_itself_is_no_difference(small_run, tmp_path):
+    """oracle=auto ends in a path, and a recipe that trains again takes over the fine-tuning's settings."""
     config = small_run("unlearn", tmp_path / "u", oracle="auto", eval=EvalConfig())
-    ran = replace(config, oracle=None, eval=replace(config.eval, retain_logs_path="oracle/TOFU_EVAL.json"))
-    write_json(tmp_path / "u" / "run.json", {"status": "finished", "config": plain(ran)})
+
+    def settles(given):
+        made = replace(given, oracle=None, eval=replace(given.eval, retain_logs_path="oracle/TOFU_EVAL.json"))
+        with open_run(made):
+            pass
+
+    carry_on(config, settles)
     assert is_done(config)
     assert not is_done(replace(config, eval=replace(config.eval, limit=3)))
     assert not is_done(replace(config, oracle=None))

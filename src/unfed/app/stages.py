@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unfed.app.recipes import settled
 from unfed.app.rundir import RUN_FILE, plain, run_status, training_identity
-from unfed.base.artifacts import read_json
+from unfed.base.artifacts import read_json, write_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import RunConfig
 from unfed.federated.checkpoint import Checkpoints
@@ -16,8 +17,8 @@ from unfed.federated.checkpoint import Checkpoints
 Start = Callable[[RunConfig], Any]
 """Runs a configuration: :func:`unfed.app.runs.run`."""
 
-FOUND_BY_ORACLE = ("retain_logs_path", "finetuned_logs_path")
-"""Settings of ``eval`` that ``oracle=auto`` fills in, so that run.json names what the configuration left open."""
+ASKED = "asked"
+"""Entry of run.json: the configuration that a stage was started with, where the run settled some of it itself."""
 
 
 def is_done(config: RunConfig) -> bool:
@@ -30,27 +31,31 @@ def is_done(config: RunConfig) -> bool:
     if run_status(place) != "finished":
         return False
     record = _record(place)
-    if _lasting(record.get("config") or {}, config) != _lasting(plain(config), config):
+    if _lasting(record.get(ASKED) or record.get("config") or {}) != _lasting(plain(config)):
         return False
     return not _is_older_than_its_source(record, config)
 
 
-def carry_on(config: RunConfig, start: Start) -> Any:
+def carry_on(config: RunConfig, start: Start) -> None:
     """Run ``config``: from its last round where one of the same training is kept, else from the beginning.
 
-    A run that was cut short and cannot be gone on with is set aside, as a finished one is.
+    A run that was cut short and cannot be gone on with is set aside, as a finished one is. What ``oracle=auto`` and a
+    recipe that trains again have settled themselves stands in run.json, so what was asked for is added to it.
     """
     resume = _resumable(config)
-    return start(replace(config, resume=resume, overwrite=not resume))
+    start(replace(config, resume=resume, overwrite=not resume))
+    place = Path(config.paths.output_dir)
+    record = _record(place)
+    if record and _lasting(record.get("config") or {}) != _lasting(plain(config)):
+        write_json(place / RUN_FILE, {**record, ASKED: plain(config)})
 
 
 def _resumable(config: RunConfig) -> bool:
     place = Path(config.paths.output_dir)
-    checkpoints = Checkpoints(place, training_identity(config))
-    if run_status(place) == "finished" or not checkpoints.exist():
+    if run_status(place) == "finished" or not Checkpoints(place, {}).exist():
         return False
     try:
-        checkpoints.check()
+        Checkpoints(place, training_identity(settled(config)[0])).check()
     except UnfedError:  # rounds of another configuration
         return False
     return not _is_older_than_its_source(_record(place), config)
@@ -73,11 +78,6 @@ def _record(place: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _lasting(stored: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """A configuration without what only says how to start, and without what ``oracle=auto`` finds out."""
-    kept = {k: v for k, v in stored.items() if k not in {"resume", "overwrite"}}
-    if config.oracle is not None and config.eval is not None:
-        kept.pop("oracle", None)
-        found = {k for k in FOUND_BY_ORACLE if getattr(config.eval, k) is None or k == "retain_logs_path"}
-        kept["eval"] = {k: v for k, v in (kept.get("eval") or {}).items() if k not in found}
-    return kept
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what only says how to start."""
+    return {k: v for k, v in config.items() if k not in {"resume", "overwrite"}}

@@ -14,7 +14,7 @@ from unfed.app.progress import console, say
 from unfed.app.report import make_report, write_report
 from unfed.app.rundir import run_status
 from unfed.app.runs import run
-from unfed.app.stages import is_done
+from unfed.app.stages import carry_on, is_done
 from unfed.base.artifacts import read_json, write_json
 from unfed.config.schema import RunConfig
 from unfed.evaluation.runner import EVAL_FILE, SUMMARY_FILE
@@ -115,7 +115,7 @@ def _stage(name: str, config: RunConfig, *, keep: bool) -> bool:
         say(f"\n== {name}: done before, kept ({place})")
         return True
     say(f"\n== {name}")
-    run(config)
+    carry_on(config, run)
     return False
 
 
