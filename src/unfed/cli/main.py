@@ -39,6 +39,9 @@ COMMANDS: Mapping[str, Command] = {
         "have a model write other answers to the forget questions, for AltPO", "unfed.cli.alternates:main"
     ),
     "sweep": Command("runs over methods, recipes, aggregators, ranks and seeds: a row each", "unfed.cli.sweep:sweep"),
+    "tune-rank": Command(
+        "from a small rank and few modules upwards until a target is met", "unfed.cli.tune_rank:tune_rank"
+    ),
     "config": Command("print the run that these overrides describe", "unfed.cli.show:config"),
     "plan": Command("print what such a run trains, sends and needs", "unfed.cli.show:plan"),
 }
