@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from unfed.base.errors import ConfigError
-from unfed.cli import alternates, evaluate, fed_train, show, study, train
+from unfed.cli import alternates, evaluate, fed_train, show, study, sweep, train, tune_rank
 from unfed.config import compat, load, schema
+from unfed.config.sweep_runs import checked
 
 REPO = Path(__file__).resolve().parents[2]
 MODEL = "model.model_args.pretrained_model_name_or_path"
@@ -26,6 +27,7 @@ PAIRS = {
     "docs/unlearning.md": "docs/unlearning.zh-CN.md",
     "docs/methods.md": "docs/methods.zh-CN.md",
     "docs/evaluation.md": "docs/evaluation.zh-CN.md",
+    "docs/sweeps.md": "docs/sweeps.zh-CN.md",
 }
 PAGES = [*PAIRS, *PAIRS.values()]
 RUN_HERE = ("docs/lora.md", "docs/unlearning.md")
@@ -65,10 +67,14 @@ PROGRAMS = {
     ("unfed", "oracle"): Program(show.DEFAULT, show.oracle, runs=False),
     ("unfed", "alternates"): Program(alternates.PRIMARY, alternates.main, runs=False),
 }
+SEARCHED = 8
+"""Of the guide's search: three corners, and the six combinations of method and seed less the one that is a corner."""
 OTHERS = {"make", "pip", "source", "python3.11"}
 """Commands that are not ours; test_project.py looks at make's targets."""
 AFTERWARDS = {("unfed", "report"), ("unfed", "compare")}
 """Commands of ours without a configuration."""
+MANY = {("unfed", "sweep"): sweep.sweep, ("unfed", "tune-rank"): tune_rank.tune_rank}
+"""Commands of ours that make many runs."""
 
 
 def text(page: str) -> str:
@@ -107,7 +113,7 @@ def codes(cell: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAIRS)
 def test_every_command_is_of_a_known_program(page):
-    found = [w for w in commands(page) if program_of(w) is None and w[:2] not in AFTERWARDS]
+    found = [w for w in commands(page) if program_of(w) is None and w[:2] not in {*AFTERWARDS, *MANY}]
     assert [w for w in found if w[0] not in OTHERS and w[:3] != ("python", "-m", "pytest")] == []
 
 
@@ -224,6 +230,28 @@ def test_every_command_of_the_lora_and_unlearning_guides_runs(reader):
     ranks = {"SAMPLE_TRAIN": 16, "rank32": 32, "search/0": 8, "search/1": 16, "search/2": 64, "search_all_linear_r8": 8}
     made = {name: reader / "saves" / "finetune" / name / "adapter_config.json" for name in ranks}
     assert {name: json.loads(file.read_text(encoding="utf-8"))["r"] for name, file in made.items()} == ranks
+
+
+def test_every_sweep_of_the_guides_is_checked_without_a_mistake(reader, few_rows, small_base, monkeypatch):
+    """As far as the first run, for which the models are not here. Composing takes time: the first and the last are."""
+
+    def ends_only(composer, combinations):
+        every = list(combinations)
+        first, last = checked(composer, [every[0], every[-1]])
+        return [*[first] * (len(every) - 1), last]
+
+    monkeypatch.setattr("unfed.config.sweep_runs.checked", ends_only)
+    monkeypatch.chdir(reader)
+    monkeypatch.setenv("UNFED_DATA_DIR", str(few_rows))
+    monkeypatch.setattr("unfed.app.tiny_base.tiny_base", lambda *_, **__: small_base)
+    monkeypatch.setattr("unfed.app.tune_rank.steps_of", list)
+    started: dict[str, list[int]] = {"sweep": [], "tune-rank": []}
+    monkeypatch.setattr(sweep, "_carry_out", lambda _, runs, *rest: started["sweep"].append(len(runs)) or 0)
+    monkeypatch.setattr("unfed.app.tune_rank.climb", lambda runs, *_: started["tune-rank"].append(len(runs)) or [])
+    monkeypatch.setattr(tune_rank, "_show", lambda *_: 0)
+    for words in (w for w in commands("docs/sweeps.md") if w[:2] in MANY):
+        assert MANY[words[:2]](list(words[2:])) == 0, words
+    assert started == {"sweep": [8, 8, SEARCHED], "tune-rank": [6, 6]}
 
 
 def test_they_do_what_the_guides_say(reader):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unfed.app import runs as real
 from unfed.app.rundir import open_run
 from unfed.app.stages import carry_on, is_done
 from unfed.app.sweep import Ledger, over_seeds, run_sweep
@@ -19,6 +20,7 @@ from unfed.base.errors import ConfigError, UnfedError
 from unfed.config.schema import EvalConfig
 from unfed.config.sweep import Span, corners, read_sweep, run_name
 from unfed.config.sweep_runs import Composer, FineTuning, checked
+from unfed.federated.checkpoint import Checkpoints
 
 UNLEARN = "unlearn-lora.yaml"
 LORA = "model.model_args.lora_config.r"
@@ -167,12 +169,12 @@ class Pretend:
     def __call__(self, config):
         place = Path(config.paths.output_dir)
         self.ran.append(place.name)
-        with open_run(config) as run:
+        with open_run(config) as made:
             (place / "begun").touch()
             if place.name in self.breaks:
                 raise self.breaks[place.name]
             seconds = 2.0 * (1 + config.seed)
-            run.note(rounds=[{"round": 1, "phase": "unlearn", "seconds": seconds, "bytes_up": 3, "bytes_down": 4}])
+            made.note(rounds=[{"round": 1, "phase": "unlearn", "seconds": seconds, "bytes_up": 3, "bytes_down": 4}])
             if config.mode == "unlearn":
                 scores = {"forget_Q_A_Prob": 0.1 * (1 + config.seed), "model_utility": 0.5, "forget_quality": 0.001}
                 write_json(place / "TOFU_SUMMARY.json", scores)
@@ -277,6 +279,25 @@ def test_a_run_that_cannot_be_gone_on_with_is_started_anew(small_run, tmp_path):
     write_json(tmp_path / "f" / "run.json", {"status": "finished"})
     carry_on(config, taken.append)
     assert (taken[1].resume, taken[1].overwrite) == (False, True)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_round(small_run, tmp_path, monkeypatch):
+    config = small_run("finetune", tmp_path / "killed", args={"max_steps": 1})
+    save = Checkpoints.save
+
+    def killed(self, state, records):
+        save(self, state, records)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Checkpoints, "save", killed)
+        carry_on(config, real.run)
+    began = read_json(tmp_path / "killed" / "run.json")["started"]
+    assert not is_done(config)
+    carry_on(config, real.run)
+    record = read_json(tmp_path / "killed" / "run.json")
+    assert record["started"] == began and "resumed" in record and len(record["rounds"]) == 2
+    assert is_done(config) and not (tmp_path / "killed.1").exists()
 
 
 def test_the_table_has_a_line_for_what_differs_in_its_seed_alone(composer, ledger):
