@@ -245,6 +245,7 @@ def test_every_sweep_of_the_guides_is_checked_without_a_mistake(reader, few_rows
     monkeypatch.setenv("UNFED_DATA_DIR", str(few_rows))
     monkeypatch.setattr("unfed.app.tiny_base.tiny_base", lambda *_, **__: small_base)
     monkeypatch.setattr("unfed.app.tune_rank.steps_of", list)
+    monkeypatch.setattr("unfed.app.search.find_spec", lambda name: name)  # Optuna is an extra, and asked nothing here
     started: dict[str, list[int]] = {"sweep": [], "tune-rank": []}
     monkeypatch.setattr(sweep, "_carry_out", lambda _, runs, *rest: started["sweep"].append(len(runs)) or 0)
     monkeypatch.setattr("unfed.app.tune_rank.climb", lambda runs, *_: started["tune-rank"].append(len(runs)) or [])
