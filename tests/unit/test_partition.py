@@ -94,6 +94,14 @@ def test_tofu_people_are_blocks_of_twenty_rows_also_beside_the_forget_set():
         assert len({found.owner(r["id"]) for r in data[start : start + 20]}) == 1
 
 
+def test_a_target_without_a_share_owns_the_forget_rows_and_nothing_else():
+    data = rows(60)
+    forget = [r["id"] for r in data[50:]]
+    found = make_partition(data, 3, PartitionSpec(target_client_idx=1, target_shares=False), forget)
+    assert list(found.rows_of("client_1")) == forget
+    assert [len(ids) for ids in found.clients.values()] == [25, 10, 25]
+
+
 def test_equal_shares_are_equal_and_alpha_decides_how_unequal_others_are():
     data = rows(600, 20)
 
@@ -128,6 +136,7 @@ def test_the_seed_decides():
         (3, PartitionSpec("dirichlet", alpha=float("nan")), (), r"partition.alpha=nan"),
         (3, PartitionSpec(target_client_idx=3), ["r000"], "target_client_idx=3 with num_clients=3: use 0 to 2"),
         (0, PartitionSpec("iid"), (), "num_clients=0"),
+        (1, PartitionSpec(target_shares=False), ["r000"], "target_shares=false: 9 rows .* nobody to deal them to"),
         (3, PartitionSpec(), (), "needs forget rows .*there are none"),
         (3, PartitionSpec(), ["r000", "zzz"], "1 of 2 forget rows are not among the 10 training rows"),
         (3, PartitionSpec(), [f"r{n:03}" for n in range(9)], "1 rows beside the forget set are too few for 2"),

@@ -156,6 +156,7 @@ def _deal(config: RunConfig, rows: Rows, dealt: Sequence[Example], clients: int)
         rest=config.partition.rest,
         alpha=config.partition.alpha,
         target_client_idx=0 if target == "all" else target,
+        target_shares=config.partition.target_shares,
     )
     forget = {e["id"] for e in rows.forget} & {e["id"] for e in dealt}
     if spec.scheme == "target" and not forget:

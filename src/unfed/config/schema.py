@@ -103,13 +103,15 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """``target``: the target client owns every forget row and the rest is dealt by ``rest``.
+    """``target``: the target client owns every forget row and the rest is dealt by ``rest`` (``target_shares``: to the
+    target as well; false: it owns nothing else, and can leave as a whole).
     ``alpha``: concentration of the Dirichlet schemes. ``by_author`` keeps a person's rows together."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
     scheme: Literal["target", "iid", "author", "dirichlet", "quantity"] = "target"
     rest: Literal["iid", "author", "dirichlet", "quantity"] = "iid"
     alpha: float = 0.5
+    target_shares: bool = True
     manifest: str | None = None  # a partition.json to use instead
 
 

@@ -27,15 +27,16 @@ class PartitionSpec:
     """How to deal rows; the fields are those of ``partition`` in the configuration, and the target client.
 
     ``target``: client ``target_client_idx`` owns every forget row, and the other rows are dealt to all clients
-    (the target too) by ``rest``. ``iid``: equal shares at random. ``author``: whole people, equally many.
-    ``dirichlet``: each person's rows spread over the clients by Dirichlet(``alpha``). ``quantity``: rows at
-    random, client sizes from Dirichlet(``alpha``).
+    (the target too, unless ``target_shares`` is false) by ``rest``. ``iid``: equal shares at random. ``author``:
+    whole people, equally many. ``dirichlet``: each person's rows spread over the clients by Dirichlet(``alpha``).
+    ``quantity``: rows at random, client sizes from Dirichlet(``alpha``).
     """
 
     scheme: str = "target"
     rest: str = "iid"
     alpha: float = 0.5
     target_client_idx: int = 0
+    target_shares: bool = True
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,12 @@ def _deal_target(
     target = spec.target_client_idx
     others = [c for c in range(num_clients) if c != target]
     # With very few rows left, the target client has its forget rows and goes without a share.
-    receivers = list(range(num_clients)) if len(rest) >= num_clients else others
+    receivers = list(range(num_clients)) if spec.target_shares and len(rest) >= num_clients else others
+    if rest and not receivers:
+        raise DataError(
+            f"partition.target_shares=false: {len(rest)} rows beside the forget set are left, and with num_clients=1 "
+            "nobody to deal them to"
+        )
     dealt: Dealt = [[] for _ in range(num_clients)]
     if receivers:
         shares = DEALERS[spec.rest](rest, people, len(receivers), spec.alpha, rng) if rest else []
