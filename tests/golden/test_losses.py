@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +140,20 @@ class PlainContext:
         values = kl_divergence(self.reference_logits(split, positions), self.logits(split, positions))
         return values.sum() / self.count(split, positions)
 
-    def hidden(self, split: Split, layer: int) -> Tensor:
-        batch = self.batches[split]
-        states = self.policy(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-        return states.hidden_states[layer]
+    def hidden(self, split: Split, module: str) -> Tensor:
+        return self._hidden(self.policy, split, module)
+
+    def reference_hidden(self, split: Split, module: str) -> Tensor:
+        with torch.no_grad():
+            return self._hidden(self.reference, split, module)
+
+    def _hidden(self, model: LlamaForCausalLM, split: Split, module: str) -> Tensor:
+        batch, seen = self.batches[split], []
+        (found,) = (m for n, m in model.named_modules() if n and re.fullmatch(module, n))
+        handle = found.register_forward_hook(lambda _m, _a, output: seen.append(output))
+        model(batch.input_ids, attention_mask=batch.attention_mask)
+        handle.remove()
+        return seen[0]
 
     def adapter_distance_sq(self) -> Tensor:
         parameters = self.policy.named_parameters()
@@ -209,6 +221,48 @@ def test_loss_and_gradients_agree_with_openunlearning(
         assert norms[name] == pytest.approx(norm, rel=1e-4), name
     total = sum(n**2 for n in norms.values()) ** 0.5
     assert total == pytest.approx(known["grad_norm_total"], rel=1e-4)
+
+
+def test_rmu_on_the_golden_model_is_openunlearnings_formula(
+    golden: dict[str, Any], golden_models: dict[str, LlamaForCausalLM]
+) -> None:
+    """Written out from hidden states in full-parameter mode: the formula, defect included, and its gradient."""
+    policy, reference = golden_models["tiny"], golden_models["tiny_ref"]
+    torch.manual_seed(0)
+    vector = torch.rand(1, 1, 64)
+    vector = vector / vector.norm() * 2.0
+
+    def loss(states: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        sums = ((states - target).square() * mask.unsqueeze(-1)).mean(dim=2).sum(dim=1)
+        return (sums / mask.sum(dim=1, keepdim=True)).mean()
+
+    def states(model: LlamaForCausalLM, split: Split) -> Tensor:
+        b = golden["batches"][split]
+        return model(b.input_ids, attention_mask=b.attention_mask, output_hidden_states=True).hidden_states[1]
+
+    masks = {s: golden["batches"][s].labels != IGNORE_INDEX for s in ("forget", "retain")}
+    with torch.no_grad():
+        target = states(reference, "retain")
+    parts = (
+        loss(states(policy, "forget"), vector, masks["forget"]),
+        loss(states(policy, "retain"), target, masks["retain"]),
+    )
+    parameters = dict(policy.named_parameters())
+    grads = torch.autograd.grad(parts[0] + 3.0 * parts[1], list(parameters.values()), allow_unused=True)
+
+    given = MODULE | {"alpha": 3.0, "parity": "openunlearning"}
+    objective = replace(build_objective("RMU", given), control_vec=tuple(vector.flatten().tolist()))
+    policy.zero_grad(set_to_none=True)
+    terms = objective(production_context(policy, reference, golden["batches"]))
+    terms.total.backward()
+    assert terms.parts["forget"].item() == pytest.approx(parts[0].item(), rel=1e-5)
+    assert terms.parts["retain"].item() == pytest.approx(parts[1].item(), rel=1e-5)
+    for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
+        assert (parameter.grad is None) == (grad is None), name
+        if grad is not None:
+            torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
+    honest = replace(objective, parity=None)(production_context(policy, reference, golden["batches"]))
+    assert abs(honest.parts["forget"].item() / parts[0].item() - 1) > 1e-3, "the paper's mean is another number"
 
 
 def parity_of(method: str) -> dict[str, str]:
@@ -317,9 +371,11 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     return Batch(batch.input_ids[cut], batch.attention_mask[cut], batch.labels[cut], batch.example_ids[cut])
 
 
+MODULE = {"module_regex": r"model\.layers\.0"}
 OBJECTIVES: list[Objective] = [
     NLL(),
-    *(build_objective(name, {}) for name in UNLEARNING_METHODS),
+    *(build_objective(name, MODULE if name == "RMU" else {}) for name in UNLEARNING_METHODS),
+    build_objective("RMU", MODULE | {"retain_loss_type": "KL"}),
     build_objective("NPO", {"retain_loss_type": "KL"}),
     build_objective("GradDiff", {"retain_loss_type": "KL", "parity": "openunlearning"}),
     build_objective("UNDIAL", {"alpha": 0.5, "parity": "openunlearning"}),

@@ -161,10 +161,7 @@ def test_left_padding_equals_right_padding(name: str, batch: Batch) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_states_and_all_logits(batch: Batch) -> None:
+def test_all_logits(batch: Batch) -> None:
     model = MODELS["llama"]()
-    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-    torch.testing.assert_close(forward.hidden_states(model, batch, 1), out.hidden_states[1])
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     torch.testing.assert_close(forward.all_logits(model, batch), out.logits)
-    with pytest.raises(IndexError):
-        forward.hidden_states(model, batch, 9)

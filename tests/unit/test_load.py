@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from unfed.base.errors import AdapterError, UnfedError
 from unfed.models.adapter import live_tensors, restore, save_adapter, snapshot, trainable_parameters
-from unfed.models.load import attention, fingerprint, load_model, parameter_shapes, same_base
+from unfed.models.load import attention, fingerprint, load_model, same_base
+from unfed.models.shapes import parameter_shapes
 from unfed.models.source import resolve_source
 from unfed.models.spec import LoraArgs, ModelArgs, TokenizerArgs
 

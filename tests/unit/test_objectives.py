@@ -125,8 +125,8 @@ class GivenContext:
     def kl(self, split: str, positions: str = "answer") -> Tensor:
         return self._given(f"kl {split} {positions}")
 
-    def hidden(self, split: str, layer: int) -> Tensor:
-        return self._given(f"hidden {split} {layer}")
+    def hidden(self, split: str, module: str) -> Tensor:
+        return self._given(f"hidden {split} {module}")
 
     def adapter_distance_sq(self) -> Tensor:
         return torch.tensor(9.0)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 
 from unfed.aggregation.lora import EXACT_LIMIT
 from unfed.app import build
+from unfed.app.methods import unlearning_objective
 from unfed.config.schema import RunConfig
 from unfed.models.adapter import live_tensors, trainable_parameters
-from unfed.models.load import DTYPES, parameter_shapes
+from unfed.models.load import DTYPES
+from unfed.models.shapes import adapted_shapes, parameter_shapes
 from unfed.models.source import resolve_source
-from unfed.models.spec import LoraArgs
-from unfed.objectives.registry import build_objective
 from unfed.training.args import LoopArgs, loop_args
 
 MB = 1e6
@@ -68,11 +66,10 @@ def plan(config: RunConfig) -> Plan:
     assert isinstance(base, PreTrainedModel)
     dtype = DTYPES.get(model_args.torch_dtype, torch.float32)
     activations = _activation_bytes(base, config, args, dtype)
-    if model_args.use_lora:
-        base = _with_adapter(base, model_args.lora_config or LoraArgs(), source.adapter)
-    trained = sum(p.numel() for p in trainable_parameters(base).values())
+    trainable = adapted_shapes(model_args, source)
+    trained = sum(p.numel() for p in trainable_parameters(trainable).values())
     adapter_width = 4 if model_args.use_lora else dtype.itemsize
-    adapter = sum(t.numel() for t in live_tensors(base).values()) * adapter_width
+    adapter = sum(t.numel() for t in live_tensors(trainable).values()) * adapter_width
     clients, rounds = _extent(config)
     memory = {
         "base weights": float(total * dtype.itemsize),
@@ -83,16 +80,6 @@ def plan(config: RunConfig) -> Plan:
         "activations and logits": activations,
     }
     return Plan(total, trained, adapter, clients, rounds, 2 * adapter * clients, memory)
-
-
-def _with_adapter(base: PreTrainedModel, lora: LoraArgs, adapter: str | None) -> nn.Module:
-    if adapter is not None:
-        shape = LoraConfig.from_pretrained(adapter)
-        shape.inference_mode = False
-    else:
-        shape = LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.targets(), bias=lora.bias)
-    with torch.device("meta"):
-        return get_peft_model(base, shape)
 
 
 def _activation_bytes(base: PreTrainedModel, config: RunConfig, args: LoopArgs, dtype: torch.dtype) -> float:
@@ -112,7 +99,7 @@ def _activation_bytes(base: PreTrainedModel, config: RunConfig, args: LoopArgs, 
 def _needs_reference(config: RunConfig) -> bool:
     if config.mode != "unlearn" or config.method is None:
         return False
-    needs = build_objective(config.method.name, config.method.params).needs
+    needs = unlearning_objective(config).needs
     return needs.reference or needs.reference_distribution
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unfed.app import build, encode, recipes
+from unfed.app import build, encode, methods, recipes
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -129,6 +129,7 @@ def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Par
         Checkpoints(Path(config.paths.output_dir), training_identity(config)).check()
     else:
         refuse_unfinished(Path(config.paths.output_dir), overwrite=config.overwrite)
+    methods.refuse_scope(config)
     rows = build.read_rows(config)
     encode.alternates_of(config, rows)  # a file that does not serve is found before the model is opened
     partition, where = build.settle_partition(config, rows)

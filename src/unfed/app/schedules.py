@@ -7,7 +7,7 @@ from typing import Any
 
 from unfed.aggregation.base import Aggregator
 from unfed.app.build import is_federated
-from unfed.base.errors import ConfigError
+from unfed.app.methods import unlearning_objective
 from unfed.base.params import Hyperparameters
 from unfed.config.schema import RunConfig
 from unfed.federated.client import ClientData
@@ -17,7 +17,6 @@ from unfed.models.load import LoadedModel
 from unfed.objectives.base import Objective
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
-from unfed.objectives.registry import build_objective
 from unfed.training.args import LoopArgs
 from unfed.unlearning.base import Ingredients, Situation
 from unfed.unlearning.finetune import finetune
@@ -39,10 +38,9 @@ def ingredients_of(
     """What a recipe makes its plan from. FedProx's proximal term goes around every client's objective."""
     assert config.trainer is not None
     given = config.trainer.method_args
-    method = config.method or _missing_method()
     return Ingredients(
         situation=situation,
-        forget=_proximal(build_objective(method.name, method.params), rule),
+        forget=_proximal(unlearning_objective(config), rule),
         retain=_proximal(NLL(), rule),
         unlearn_epochs=given.unlearn_epochs if given.unlearn_epochs is not None else args.num_train_epochs,
         local_epochs=args.num_train_epochs,
@@ -62,10 +60,6 @@ def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[st
             if isinstance(part, Hyperparameters):
                 found[part.name] = part.settings()
     return found
-
-
-def _missing_method() -> Any:
-    raise ConfigError(["method: unlearning needs one (method=NPO, method=GradDiff, ...)"])
 
 
 def _proximal(objective: Objective, rule: Aggregator) -> Objective:

@@ -1,12 +1,13 @@
 """Hyperparameters as dataclass fields that know their own limits.
 
-``objectives`` and ``aggregation`` declare their hyperparameters with :func:`number` and :func:`choice`;
-the border to the configuration asks :func:`problems` before anything is built.
+``objectives`` and ``aggregation`` declare their hyperparameters with :func:`number`, :func:`choice` and
+:func:`pattern`; the border to the configuration asks :func:`problems` before anything is built.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -61,6 +62,25 @@ class ChoiceRule:
         return f"unknown value {value!r}{nearest(str(value), [str(c) for c in self.choices])}"
 
 
+@dataclass(frozen=True)
+class PatternRule:
+    """A regular expression; with ``several``, one or more of them (a text, or a list of texts)."""
+
+    several: bool = False
+
+    def complaint(self, value: object) -> str | None:
+        """Why ``value`` is refused, or ``None``."""
+        given = value if self.several and isinstance(value, list | tuple) else [value]
+        if not given or not all(isinstance(v, str) and v for v in given):
+            return f"must be {'regular expressions' if self.several else 'a regular expression'}, not {value!r}"
+        for pattern in given:
+            try:
+                re.compile(str(pattern))
+            except re.error as e:
+                return f"{pattern!r} is not a regular expression: {e}"
+        return None
+
+
 def number(
     default: float, *, above: float | None = None, at_least: float | None = None, below: float | None = None
 ) -> Any:
@@ -76,6 +96,16 @@ def whole(default: int, *, at_least: int | None = None) -> Any:
 def choice(default: str | None, choices: tuple[str | None, ...]) -> Any:
     """A dataclass field for a hyperparameter that is one of a few names."""
     return field(default=default, metadata={_KEY: ChoiceRule(choices)})
+
+
+def pattern(default: str) -> Any:
+    """A dataclass field for a regular expression."""
+    return field(default=default, metadata={_KEY: PatternRule()})
+
+
+def patterns(default: tuple[str, ...]) -> Any:
+    """A dataclass field for one or more regular expressions; whoever declares it makes a tuple of what is given."""
+    return field(default=default, metadata={_KEY: PatternRule(several=True)})
 
 
 def hyperparameters(cls: type) -> dict[str, Any]:

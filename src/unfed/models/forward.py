@@ -59,7 +59,7 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _head_input(model: nn.Module, cut: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_input(model: nn.Module, cut: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the output embedding see ``cut(hidden)`` instead of ``hidden`` ``(B, T, D)``; always undone."""
     head = causal_lm(model).get_output_embeddings()
     if head is None:
@@ -91,7 +91,7 @@ def _run(model: nn.Module, batch: Batch, **options: Any) -> Any:
     return model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **options)
 
 
-def _run_labelled(model: nn.Module, batch: Batch) -> Any:
+def run_labelled(model: nn.Module, batch: Batch) -> Any:
     """As :func:`_run`, where only real tokens' outputs matter.
 
     Under causal attention no token sees the padding on its right, so a right-padded batch needs no mask:
@@ -115,8 +115,8 @@ def labelled_logits(model: nn.Module, batch: Batch) -> LabelledLogits:
     """
     mask = label_mask(batch)
     index = mask.flatten().nonzero().squeeze(1)
-    with _head_input(model, _rows_at(index)):
-        logits = _run_labelled(model, batch).logits.squeeze(0)
+    with head_input(model, _rows_at(index)):
+        logits = run_labelled(model, batch).logits.squeeze(0)
     labels = batch.labels[:, 1:][mask[:, :-1]].to(logits.device)
     return LabelledLogits(logits, labels, (index // mask.shape[1]).to(logits.device))
 
@@ -134,7 +134,7 @@ def shared_logits(model: nn.Module, batch: SharedBatch) -> Tensor:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-    with _head_input(model, _rows_at(batch.predictors)):
+    with head_input(model, _rows_at(batch.predictors)):
         out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
     return out.logits.squeeze(0)
 
@@ -217,18 +217,6 @@ def last_logits(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> Tens
     ``mask`` ``(R, S)`` covers the cached columns and the new ones; positions count the tokens that it shows.
     """
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    with _head_input(model, lambda hidden: hidden[:, -1:]):
+    with head_input(model, lambda hidden: hidden[:, -1:]):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return out.logits[:, -1]
-
-
-def hidden_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
-    """Hidden states ``(B, T, D)`` numbered as transformers' ``hidden_states``; the head does not run on them.
-
-    0 is the embedding, ``k`` the output of the k-th block, and the last one has passed the final norm.
-    Raises ``IndexError`` when the model has no such layer.
-    """
-    nothing = torch.empty(0, dtype=torch.int64, device=batch.input_ids.device)
-    with _head_input(model, _rows_at(nothing)):
-        states = _run(model, batch, output_hidden_states=True).hidden_states
-    return states[layer]

@@ -16,7 +16,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unfed.base.errors import AdapterError, UnfedError, nearest
 from unfed.base.seeding import derive_seed
@@ -92,7 +92,7 @@ def load_model(args: ModelArgs, tokenizer_args: TokenizerArgs, *, trainable: boo
         model.peft_config[ADAPTER_NAME].base_model_name_or_path = base
         notes += _adapter_notes(model, args.lora_config, source.adapter)
     elif args.use_lora:
-        model = _new_adapter(model, args.lora_config or LoraArgs(), base, seed)
+        model = new_adapter(model, args.lora_config or LoraArgs(), base, seed)
     if not trainable:
         model.requires_grad_(False)
     elif not trainable_parameters(model):
@@ -124,11 +124,11 @@ def _open_base(args: ModelArgs, source: ModelSource, attn: str) -> PreTrainedMod
     try:
         model = AutoModelForCausalLM.from_pretrained(source.base, use_safetensors=source.gguf_file is None, **options)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
-        raise UnfedError(f"cannot open the model {source.base}: {_first_line(e)}") from e
+        raise UnfedError(f"cannot open the model {source.base}: {first_line(e)}") from e
     except (AssertionError, RuntimeError) as e:  # torch's words for a device that is not there
         if args.device_map is None or isinstance(e, torch.OutOfMemoryError):
             raise
-        raise UnfedError(f"model.model_args.device_map={args.device_map}: {_first_line(e)}") from e
+        raise UnfedError(f"model.model_args.device_map={args.device_map}: {first_line(e)}") from e
     if any(".lora_" in n for n, _ in model.named_parameters()):
         raise AdapterError(f"{source.base} already carries LoRA layers; name it as an adapter directory instead")
     return model
@@ -141,7 +141,7 @@ def _open_tokenizer(source: ModelSource, tokenizer: TokenizerArgs, args: ModelAr
     try:
         found = AutoTokenizer.from_pretrained(source.tokenizer, **options)
     except (OSError, ValueError) as e:
-        raise UnfedError(f"cannot open the tokenizer {source.tokenizer}: {_first_line(e)}") from e
+        raise UnfedError(f"cannot open the tokenizer {source.tokenizer}: {first_line(e)}") from e
     if found.pad_token_id is None:
         # Padding is masked by length, so sharing an id with eos does no harm.
         found.pad_token = found.eos_token
@@ -156,7 +156,7 @@ def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> Peft
     except RuntimeError as e:
         raise AdapterError(f"the adapter {path} does not fit its base model: {_mismatch(e)}") from e
     except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as e:
-        raise AdapterError(f"cannot open the adapter {path}: {_first_line(e)}") from e
+        raise AdapterError(f"cannot open the adapter {path}: {first_line(e)}") from e
     _refuse_partial(opened, stored, path)
     return opened
 
@@ -180,14 +180,15 @@ def _refuse_partial(model: PeftModel, stored: set[str], path: str) -> None:
 
 def _mismatch(e: Exception) -> str:
     lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
-    return lines[0] if lines else _first_line(e)
+    return lines[0] if lines else first_line(e)
 
 
-def _first_line(e: Exception) -> str:
+def first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
-def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -> PeftModel:
+def new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -> PeftModel:
+    """A fresh adapter around ``model``; ``AdapterError`` for target modules that it does not have."""
     missing = missing_targets(model, lora.targets())
     if missing:
         linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -215,7 +216,7 @@ def _new_adapter(model: PreTrainedModel, lora: LoraArgs, base: str, seed: int) -
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
         except (ValueError, re.error) as e:  # a pattern that matches nothing, or is none
             key = "model.model_args.lora_config"
-            raise AdapterError(f"{key}: target_modules={lora.target_modules}: {_first_line(e)}") from e
+            raise AdapterError(f"{key}: target_modules={lora.target_modules}: {first_line(e)}") from e
     config.base_model_name_or_path = base  # PEFT writes the path it was opened from
     assert isinstance(peft_model, PeftModel)
     return peft_model
@@ -271,14 +272,3 @@ def fingerprint(model: nn.Module) -> str:
 def same_base(one: str, other: str) -> bool:
     """Whether two fingerprints may be of one base model; those of different kinds cannot be compared."""
     return one == other or one.partition(":")[0] != other.partition(":")[0]
-
-
-def parameter_shapes(args: ModelArgs, source: ModelSource) -> nn.Module:
-    """The base model on the ``meta`` device: shapes without weights, for planning."""
-    try:
-        options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-        config = AutoConfig.from_pretrained(source.base, trust_remote_code=args.trust_remote_code, **options)
-    except (OSError, ValueError) as e:
-        raise UnfedError(f"cannot open the model {source.base}: {_first_line(e)}") from e
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)

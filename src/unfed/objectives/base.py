@@ -9,23 +9,39 @@ from torch import Tensor
 
 from unfed.base.types import LossTerms, Split
 
-RetainLoss = Literal["NLL", "KL"]
+RetainLoss = Literal["NLL", "KL", "EMBED_DIFF"]
 Parity = Literal["openunlearning"]
 Positions = Literal["answer", "all"]
 Counted = Literal["answer", "all", "examples"]
 
 
 @dataclass(frozen=True)
+class Scope:
+    """Which weights an objective trains, where it does not train all: regular expressions that match whole names.
+
+    ``module`` names the one module whose output the loss is about; ``only_below``: nothing else enters the loss, so
+    what comes after that module cannot learn. A weight is trained when one of ``trainable`` matches its own name or
+    that of its module (``model.layers.5.mlp.down_proj.weight``, or without ``.weight``); a LoRA factor counts as the
+    weight of the module that it adapts.
+    """
+
+    module: str
+    trainable: tuple[str, ...] = (".*",)
+    only_below: bool = False
+
+
+@dataclass(frozen=True)
 class Needs:
     """What has to be at hand before a step: the batches by split, the reference policy's
     log-probabilities of the labelled tokens (``reference``; these can be cached), its whole distribution
-    at each position (``reference_distribution``; a second forward pass each time), and the weights that the
-    round began with (``anchor``)."""
+    or hidden states at each position (``reference_distribution``; a second forward pass each time), and the weights
+    that the round began with (``anchor``). ``scope``: the weights that the objective is confined to."""
 
     splits: frozenset[Split]
     reference: bool = False
     reference_distribution: bool = False
     anchor: bool = False
+    scope: Scope | None = None
 
 
 class StepContext(Protocol):
@@ -101,11 +117,15 @@ class StepContext(Protocol):
         """Labelled tokens of the whole step without the first ``skipped`` of each example (1 at least)."""
         ...
 
-    def hidden(self, split: Split, layer: int) -> Tensor:
-        """Hidden states after ``layer`` (0 is the embedding's output), shape ``(B, T, H)``."""
+    def hidden(self, split: Split, module: str) -> Tensor:
+        """Output of the one module whose name the regular expression ``module`` matches, shape ``(B, T, H)``.
+
+        Names are the base model's own (``model.layers.7``). Padding's entries have no meaning. Nothing that comes
+        after the module's block is computed.
+        """
         ...
 
-    def reference_hidden(self, split: Split, layer: int) -> Tensor:
+    def reference_hidden(self, split: Split, module: str) -> Tensor:
         """As ``hidden``, under the frozen reference policy, without gradient. Needs
         ``Needs.reference_distribution``."""
         ...

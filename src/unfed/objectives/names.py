@@ -22,6 +22,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "UCE": "uce",
         "IHL": "ihl",
         "FLAT": "flat",
+        "RMU": "rmu",
     }
 )
 """The class of each method, and its module in ``unfed.objectives``."""

@@ -49,7 +49,11 @@ class WithRetain(Hyperparameters):
         terms = {"forget": self.gamma * forget}
         if self.alpha == 0:
             return LossTerms(terms["forget"], {"forget": forget.detach()}, terms)
-        retain = retain_loss(ctx, self.retain_loss_type, self.parity)
+        retain = self._retain(ctx)
         terms["retain"] = self.alpha * retain
         total = terms["forget"] + terms["retain"]
         return LossTerms(total, {"forget": forget.detach(), "retain": retain.detach()}, terms)
+
+    def _retain(self, ctx: StepContext) -> Tensor:
+        """The retain loss without its weight."""
+        return retain_loss(ctx, self.retain_loss_type, self.parity)

@@ -15,11 +15,11 @@ from unfed.models.forward import (
     LabelledLogits,
     all_logits,
     answer_logps,
-    hidden_states,
     label_logps,
     labelled_logits,
     per_answer,
 )
+from unfed.models.modules import module_output
 from unfed.objectives.base import Counted, Positions
 from unfed.objectives.tokens import kl_divergence
 from unfed.training.batches import StepTotals
@@ -61,10 +61,10 @@ class Reference:
             )
 
     @torch.no_grad()
-    def hidden(self, batch: Batch, layer: int) -> Tensor:
-        """The reference's hidden states after ``layer``, ``(B, T, H)``."""
+    def hidden(self, batch: Batch, module: str) -> Tensor:
+        """The reference's output of ``module``, ``(B, T, H)``."""
         with self._swap.active():
-            return hidden_states(self._model, batch, layer)
+            return module_output(self._model, batch, module)
 
 
 class Anchor:
@@ -175,13 +175,19 @@ class ModelContext:
         """See the protocol."""
         return max(1, sum(max(0, n - skipped) for n in self._totals.lengths[split]))
 
-    def hidden(self, split: Split, layer: int) -> Tensor:
-        """See the protocol."""
-        return hidden_states(self._model, self._batches[split], layer)
+    def hidden(self, split: Split, module: str) -> Tensor:
+        """See the protocol. ``UnfedError`` when no gradient could go back from there."""
+        output = module_output(self._model, self._batches[split], module)
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise UnfedError(
+                f"no gradient reaches the output of {module}: nothing below it is trained, or gradient checkpointing "
+                "cuts it off (trainer.args.gradient_checkpointing_kwargs.use_reentrant=false)"
+            )
+        return output
 
-    def reference_hidden(self, split: Split, layer: int) -> Tensor:
+    def reference_hidden(self, split: Split, module: str) -> Tensor:
         """See the protocol."""
-        return self._reference().hidden(self._batches[split], layer)
+        return self._reference().hidden(self._batches[split], module)
 
     def label_mask(self, split: Split) -> Tensor:
         """See the protocol."""

@@ -27,6 +27,7 @@ from unfed.data.chat import EncodedExample
 from unfed.models.adapter import trainable_parameters
 from unfed.models.forward import token_logps
 from unfed.models.generate import inference
+from unfed.models.modules import confined
 from unfed.objectives.base import Objective
 from unfed.training.args import LoopArgs, usable_optimizer
 from unfed.training.batches import BatchPlan, Collation, Step, steps_per_epoch
@@ -119,10 +120,14 @@ class Local:
         self._try_settings()
 
     def train(self, task: LocalTask, beside: Companions) -> TrainResult:
-        """Train the model in place; it is left in the mode it was in.
+        """Train the model in place; it is left in the mode it was in. An objective may confine what is trained.
 
         Raises ``AdapterError`` after the first step when a trainable parameter received no gradient.
         """
+        with confined(self.model, task.objective.needs.scope):
+            return self._train(task, beside)
+
+    def _train(self, task: LocalTask, beside: Companions) -> TrainResult:
         per_epoch = steps_per_epoch(task.plan.rows, task.plan.driver, self.args.step_size())
         part = task.part
         # Every call takes a step at least. Rounding: a third of 3 epochs is one epoch, whatever floats make of it.
