@@ -13,6 +13,7 @@ from unfed.config import schema
 from unfed.config.compat import resolve
 from unfed.config.load import config_dir
 from unfed.objectives.registry import OBJECTIVES, UNLEARNING_METHODS
+from unfed.objectives.wrappers import WRAPPERS
 
 CONFIGS = config_dir()
 MODELS = (
@@ -35,6 +36,7 @@ def test_the_groups_have_the_files_that_users_name():
     assert choices("model") == {f"{m}{s}" for m in MODELS for s in ("", "-lora")}
     assert choices("trainer") == {"FederatedFinetune", "FederatedUnlearningTrainer", "finetune", *UNLEARNING_METHODS}
     assert choices("method") == set(UNLEARNING_METHODS) == set(schema.METHODS)
+    assert choices("wrapper") == set(WRAPPERS) == set(schema.WRAPPERS)
     assert choices("aggregator") == set(AGGREGATORS) == set(schema.AGGREGATORS)
     assert choices("lora") == {"quick", "balanced", "high"}
     assert choices("partition") == {"target", "iid", "author", "dirichlet", "quantity"}
@@ -90,6 +92,13 @@ def test_a_method_file_gives_the_methods_own_defaults(name):
     own = hyperparameters(OBJECTIVES[name])
     assert given.pop("name") == name
     assert given == {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if k != "parity"}
+
+
+@pytest.mark.parametrize("name", sorted(WRAPPERS))
+def test_a_wrapper_file_gives_the_wrappers_own_defaults(name):
+    given = read(f"wrapper/{name}.yaml")
+    assert given.pop("name") == name
+    assert given == hyperparameters(WRAPPERS[name])
 
 
 RUNS = {

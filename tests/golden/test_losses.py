@@ -376,6 +376,7 @@ OBJECTIVES: list[Objective] = [
     NLL(),
     *(build_objective(name, MODULE if name == "RMU" else {}) for name in UNLEARNING_METHODS),
     build_objective("RMU", MODULE | {"retain_loss_type": "KL"}),
+    build_objective("PDU", {"parity": "openunlearning"}),
     build_objective("NPO", {"retain_loss_type": "KL"}),
     build_objective("GradDiff", {"retain_loss_type": "KL", "parity": "openunlearning"}),
     build_objective("UNDIAL", {"alpha": 0.5, "parity": "openunlearning"}),

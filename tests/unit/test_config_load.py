@@ -7,9 +7,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from unfed.base.errors import ConfigError
+from unfed.config.compat import resolve
 from unfed.config.load import config_dir, examine, from_hydra
 from unfed.config.preflight import preflight
-from unfed.config.schema import MethodConfig, RunConfig
+from unfed.config.schema import MethodConfig, RunConfig, WrapperConfig
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +281,51 @@ def test_the_holdout_follows_the_forget_split():
     assert tofu_splits("x", "forget01")["holdout"].data.name == "holdout01"
     assert tofu_splits("x", "forget05", "mine")["holdout"].data.name == "mine"
     assert "holdout" not in tofu_splits("x", "letters")
+
+
+WRAPPED = ["model=tiny-lora", "task_name=t", "model.model_args.pretrained_model_name_or_path=nobody/nothing"]
+
+
+def test_a_wrapper_goes_around_the_method_by_its_group():
+    config = resolve([*WRAPPED, "wrapper=SAM", "wrapper.rho=0.05"], "unlearn-lora.yaml")
+    assert config.wrapper == WrapperConfig("SAM", {"rho": 0.05})
+    assert config.method == MethodConfig("NPO", {"beta": 0.1, "gamma": 1.0, "alpha": 1.0, "retain_loss_type": "NLL"})
+    assert resolve(WRAPPED, "unlearn-lora.yaml").wrapper is None
+    assert resolve([*WRAPPED, "wrapper=null"], "unlearn-lora.yaml").wrapper is None
+    assert resolve([*WRAPPED, "trainer=GradDiff", "wrapper=GRU"], "unlearn.yaml").wrapper == WrapperConfig(
+        "GRU", {"gamma": 0.8}
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["wrapper=SAN"], "wrapper=SAN: no such wrapper; did you mean 'SAM'"),
+        (["wrapper=SAM", "wrapper.roh=1"], "wrapper.roh: SAM has no such hyperparameter; did you mean 'rho'"),
+        (["wrapper=GRU", "wrapper.gamma=0"], "wrapper.gamma: must be a number above 0 and at most 1, not 0"),
+        (["wrapper.rho=1"], "wrapper: rho given, but no wrapper is chosen; give wrapper=NAME"),
+        (["wrapper=GRU", "method=GradAscent"], "wrapper=GRU: needs a retain term, and method=GradAscent has none here"),
+        (["wrapper=GRU", "method.alpha=0"], "wrapper=GRU: needs a retain term, and method=NPO has none here"),
+        (["wrapper=SAM", "trainer.args.fp16=true"], "wrapper=SAM: adds up gradients of several backward passes"),
+        (["wrapper=EWC", "recipe=retrain"], "wrapper=EWC: recipe=retrain trains with no method"),
+        (["method=RMU", "method.module_regex='('"], "method.module_regex: '(' is not a regular expression"),
+    ],
+)
+def test_a_wrapper_that_cannot_work_is_named(given, said):
+    with pytest.raises(ConfigError) as caught:
+        resolve([*WRAPPED, *given], "unlearn-lora.yaml")
+    assert said in str(caught.value)
+
+
+def test_fine_tuning_takes_no_wrapper(altered):
+    cfg = altered("finetune", wrapper={"name": "SAM"})
+    with pytest.raises(ConfigError, match="wrapper=SAM: goes around an unlearning method, and mode=finetune has none"):
+        from_hydra(cfg)
+
+
+def test_regular_expressions_pass_the_command_line():
+    given = ["method=RMU", "method.module_regex=model.layers.3", "method.trainable_params_regex=[.*mlp.*,.*q_proj]"]
+    config = resolve([*WRAPPED, *given], "unlearn-lora.yaml")
+    assert config.method is not None
+    assert config.method.params["module_regex"] == "model.layers.3"
+    assert config.method.params["trainable_params_regex"] == [".*mlp.*", ".*q_proj"]

@@ -21,6 +21,7 @@ from unfed.federated.schedule import Participation
 from unfed.models.adapter import lora_scaling
 from unfed.models.load import LoadedModel
 from unfed.objectives.registry import objective_problems
+from unfed.objectives.wrappers import wrapper_problems
 from unfed.training.batches import Collation
 
 DEFAULT_CLIENTS = 3
@@ -53,11 +54,13 @@ class Rows:
 
 
 def refuse_unknown(config: RunConfig) -> None:
-    """Raise ``ConfigError`` for an unknown method, strategy or hyperparameter, and for a method without the file
-    that it trains on, before anything is loaded."""
+    """Raise ``ConfigError`` for an unknown method, wrapper, strategy or hyperparameter, and for a method without
+    the file that it trains on, before anything is loaded."""
     problems = list(alternate_problems(config))
     if config.method is not None:
         problems += objective_problems(config.method.name, config.method.params)
+    if config.wrapper is not None:
+        problems += wrapper_problems(config.wrapper.name, config.wrapper.params)
     if config.aggregator is not None:
         problems += aggregator_problems(config.aggregator.name, config.aggregator.params)
     if problems:

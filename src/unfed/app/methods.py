@@ -12,14 +12,19 @@ from unfed.models.source import resolve_source
 from unfed.objectives.base import Objective
 from unfed.objectives.registry import build_objective
 from unfed.objectives.rmu import RMU
+from unfed.objectives.wrappers import build_wrapper
 
 
 def unlearning_objective(config: RunConfig) -> Objective:
-    """The run's method with its hyperparameters; what it draws at random comes from the run's seed."""
+    """The run's method in its wrapper, with their hyperparameters; what they draw comes from the run's seed."""
     if config.method is None:
         raise ConfigError(["method: unlearning needs one (method=NPO, method=GradDiff, ...)"])
     objective = build_objective(config.method.name, config.method.params)
-    return replace(objective, seed=config.seed) if isinstance(objective, RMU) else objective
+    if isinstance(objective, RMU):
+        objective = replace(objective, seed=config.seed)
+    if config.wrapper is None:
+        return objective
+    return build_wrapper(config.wrapper.name, config.wrapper.params, objective)
 
 
 def refuse_scope(config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from unfed.models.load import LoadedModel
 from unfed.objectives.base import Objective
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
+from unfed.objectives.wrapper import Wrapper, layers
 from unfed.training.args import LoopArgs
 from unfed.unlearning.base import Ingredients, Situation
 from unfed.unlearning.finetune import finetune
@@ -55,10 +56,10 @@ def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[st
     """Every hyperparameter that acts in the run, by the name of its objective or rule, defaults filled in."""
     found: dict[str, dict[str, Any]] = {}
     for work in (w for phase in schedule.phases for w in phase.work.values()):
-        inner = work.objective.inner if isinstance(work.objective, Proximal) else work.objective
-        for part in (inner, rule):
+        parts = [part for part in layers(work.objective) if not isinstance(part, Proximal)]  # its mu is the rule's
+        for part in (*reversed(parts), rule):
             if isinstance(part, Hyperparameters):
-                found[part.name] = part.settings()
+                found[part.title if isinstance(part, Wrapper) else part.name] = part.settings()
     return found
 
 

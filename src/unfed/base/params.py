@@ -21,18 +21,25 @@ STRICT: dict[str, Any] = {"extra": "forbid"}
 
 @dataclass(frozen=True)
 class NumberRule:
-    """A finite number within open (``above``, ``below``) or closed (``at_least``) limits; ``whole``: an integer."""
+    """A finite number within open (``above``, ``below``) or closed (``at_least``, ``at_most``) limits; ``whole``: an
+    integer."""
 
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
     whole: bool = False
+    at_most: float | None = None
 
     def complaint(self, value: object) -> str | None:
         """Why ``value`` is refused, or ``None``."""
         limits = [
             f"{words} {limit:g}"
-            for words, limit in (("above", self.above), ("at least", self.at_least), ("below", self.below))
+            for words, limit in (
+                ("above", self.above),
+                ("at least", self.at_least),
+                ("below", self.below),
+                ("at most", self.at_most),
+            )
             if limit is not None
         ]
         kind = "a whole number" if self.whole else "a number"
@@ -45,6 +52,7 @@ class NumberRule:
             (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
         )
         return None if inside else f"{wanted}, not {value!r}"
 
@@ -82,10 +90,15 @@ class PatternRule:
 
 
 def number(
-    default: float, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+    default: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
 ) -> Any:
     """A dataclass field for a numeric hyperparameter."""
-    return field(default=default, metadata={_KEY: NumberRule(above, at_least, below)})
+    return field(default=default, metadata={_KEY: NumberRule(above, at_least, below, at_most=at_most)})
 
 
 def whole(default: int, *, at_least: int | None = None) -> Any:

@@ -14,6 +14,7 @@ from unfed.config.schema import (
     FEDERATED_TRAINERS,
     METHODS,
     RECIPES,
+    WRAPPERS,
     DataConfig,
     DatasetConfig,
     MethodArgs,
@@ -44,6 +45,14 @@ def named_things(config: RunConfig) -> list[str]:
             from unfed.objectives.registry import objective_problems
 
             problems += objective_problems(config.method.name, config.method.params)
+    if config.wrapper is not None:
+        name = config.wrapper.name
+        if name not in WRAPPERS:
+            problems.append(f"wrapper.name={name}: no such wrapper{nearest(name, WRAPPERS)}")
+        else:
+            from unfed.objectives.wrappers import wrapper_problems
+
+            problems += wrapper_problems(name, config.wrapper.params)
     if config.aggregator is not None:
         name = config.aggregator.name
         if name not in AGGREGATORS:
@@ -125,6 +134,28 @@ def _centralised(config: RunConfig, trainer: TrainerConfig) -> Iterator[str]:
         f"trainer.method_args.{n}: trainer={trainer.handler} works in one place, without clients; leave it out"
         for n in given
     )
+
+
+def _wrapper(config: RunConfig) -> Iterator[str]:
+    if config.wrapper is None:
+        return
+    name = config.wrapper.name
+    if config.mode != "unlearn":
+        yield f"wrapper={name}: goes around an unlearning method, and mode={config.mode} has none; leave it out"
+    elif config.method is not None:
+        from unfed.objectives.registry import build_objective
+        from unfed.objectives.wrappers import WRAPPERS as CLASSES
+        from unfed.objectives.wrappers import misfits
+        from unfed.unlearning.registry import RECIPES as RULES
+
+        yield from misfits(name, build_objective(config.method.name, config.method.params))
+        if config.recipe is not None and not RULES[config.recipe.name].demands.method:
+            yield f"wrapper={name}: recipe={config.recipe.name} trains with no method, so there is nothing to go around"
+        if CLASSES[name].own_gradient and config.trainer is not None and config.trainer.args.get("fp16"):
+            yield (
+                f"wrapper={name}: adds up gradients of several backward passes, which fp16's loss scaling would spoil; "
+                "use trainer.args.bf16=true"
+            )
 
 
 def _recipe(config: RunConfig) -> Iterator[str]:
@@ -260,4 +291,4 @@ def _limits(config: RunConfig) -> Iterator[str]:
         yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
 
 
-CHECKS = (_trainer, _recipe, _federation, _lora, _data, alternate_problems, _limits, evaluation_settings)
+CHECKS = (_trainer, _wrapper, _recipe, _federation, _lora, _data, alternate_problems, _limits, evaluation_settings)

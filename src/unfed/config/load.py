@@ -124,11 +124,11 @@ def _take_unknown(raw: dict[str, Any]) -> list[str]:
 
 
 def _arranged(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Gather the flat hyperparameters of method, aggregator and recipe, and settle what ``null`` stands for."""
+    """Gather the flat hyperparameters of groups that have a name, and settle what ``null`` stands for."""
     arranged = {name: value for name, value in raw.items() if value is not None}
     if isinstance(arranged.get("task_name"), int | float):
         arranged["task_name"] = str(arranged["task_name"])  # task_name=1 is read as a number
-    for group in ("method", "aggregator", "recipe"):
+    for group in ("method", "wrapper", "aggregator", "recipe"):
         given = arranged.get(group)
         if isinstance(given, Mapping):
             if "name" not in given:

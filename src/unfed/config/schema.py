@@ -16,6 +16,7 @@ from unfed.objectives import names
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = tuple(names.METHODS)
 RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback")
+WRAPPERS = ("SAM", "GRU", "EWC")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 
@@ -64,6 +65,14 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class MethodConfig:
     """An unlearning method by name, and its hyperparameters (checked against the objective's own fields)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WrapperConfig:
+    """What goes around the method, by name, and its hyperparameters (checked against the wrapper's own fields)."""
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -247,6 +256,7 @@ class RunConfig:
     oracle: Literal["auto"] | None = None
     trainer: TrainerConfig | None = None
     method: MethodConfig | None = None
+    wrapper: WrapperConfig | None = None
     aggregator: AggregatorConfig | None = None
     recipe: RecipeConfig | None = None
     history: HistoryConfig = HistoryConfig()

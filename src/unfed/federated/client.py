@@ -6,6 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from unfed.base.errors import UnfedError
+from unfed.base.seeding import torch_generator
 from unfed.base.types import AdapterState, ClientUpdate, Split
 from unfed.data.chat import EncodedExample
 from unfed.federated.schedule import FitTask, Work
@@ -14,6 +18,7 @@ from unfed.objectives.base import Objective
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Anchor, Companions, Reference
 from unfed.training.extent import Share
+from unfed.training.fisher import Fisher
 from unfed.training.loop import Local, LocalTask, StepEvent
 
 
@@ -42,6 +47,7 @@ class Client:
     on_step: Callable[[FitTask, str, StepEvent], None] | None = None
     curves: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     _reference: Reference | None = None
+    _fisher: tuple[str, Fisher] | None = None
     _locals: dict[str, Local] = field(default_factory=dict)
 
     def fit(self, task: FitTask, adapter: AdapterState, client_id: str) -> ClientUpdate:
@@ -88,14 +94,30 @@ class Client:
 
     def _beside(self, objective: Objective, plan: BatchPlan, adapter: AdapterState) -> Companions:
         anchor = Anchor(self.local.model, adapter) if objective.needs.anchor else None
+        fisher = self._measured(objective.needs.fisher_rows, plan, adapter)
         if not (objective.needs.reference or objective.needs.reference_distribution):
-            return Companions(anchor=anchor)
+            return Companions(None, anchor, fisher)
         if self._reference is None:
             self._reference = Reference(self.local.model, self.reference or adapter)
         if objective.needs.reference:
             for split in sorted(objective.needs.splits & {"forget", "alternate"}):
                 self._prepare(self._reference, split, plan)
-        return Companions(self._reference, anchor)
+        return Companions(self._reference, anchor, fisher)
+
+    def _measured(self, count: int, plan: BatchPlan, adapter: AdapterState) -> Fisher | None:
+        """The Fisher information of ``count`` of the client's retain rows, kept while the same client asks."""
+        if count == 0:
+            return None
+        client_id, rows = str(plan.seed_path[-1]), plan.rows.splits.get("retain", ())
+        if not rows:
+            raise UnfedError(f"{client_id} has no retain rows, whose Fisher information wrapper=EWC needs")
+        if self._fisher is None or self._fisher[0] != client_id:
+            drawn = torch.randperm(len(rows), generator=torch_generator(self.local.seed, "fisher", client_id))
+            batches = [self.local.collation.batch([rows[int(i)]]) for i in sorted(drawn[:count].tolist())]
+            on_device = [b.to(self.local.device) for b in batches]
+            with self.local.accelerator.autocast():
+                self._fisher = (client_id, Fisher(self.local.model, self.reference or adapter, on_device))
+        return self._fisher[1]
 
     def _prepare(self, reference: Reference, split: Split, plan: BatchPlan) -> None:
         examples, size = sorted(plan.rows.splits[split], key=len), plan.batch_size

@@ -35,13 +35,15 @@ class Needs:
     """What has to be at hand before a step: the batches by split, the reference policy's
     log-probabilities of the labelled tokens (``reference``; these can be cached), its whole distribution
     or hidden states at each position (``reference_distribution``; a second forward pass each time), and the weights
-    that the round began with (``anchor``). ``scope``: the weights that the objective is confined to."""
+    that the round began with (``anchor``). ``fisher_rows``: the Fisher information of so many retain rows where
+    unlearning starts (0: none). ``scope``: the weights that the objective is confined to."""
 
     splits: frozenset[Split]
     reference: bool = False
     reference_distribution: bool = False
     anchor: bool = False
     scope: Scope | None = None
+    fisher_rows: int = 0
 
 
 class StepContext(Protocol):
@@ -136,6 +138,11 @@ class StepContext(Protocol):
 
     def adapter_distance_sq(self) -> Tensor:
         """Squared Euclidean distance of the trainable parameters from the round's global ones: a scalar."""
+        ...
+
+    def fisher_distance_sq(self) -> Tensor:
+        """As ``adapter_distance_sq`` from the weights that unlearning starts from, each entry weighted with its Fisher
+        information there. Needs ``Needs.fisher_rows``."""
         ...
 
     def micro_share(self) -> float:

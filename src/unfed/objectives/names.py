@@ -23,6 +23,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "IHL": "ihl",
         "FLAT": "flat",
         "RMU": "rmu",
+        "PDU": "pdu",
     }
 )
 """The class of each method, and its module in ``unfed.objectives``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class WithRetain(Hyperparameters):
     alpha: float = number(1.0, at_least=0)
     retain_loss_type: RetainLoss = choice("NLL", ("NLL", "KL"))
     parity: Parity | None = choice(None, ("openunlearning", None))
+
+    def forget_alone(self) -> Self:
+        """The same objective without its retain term."""
+        return self if self.alpha == 0 else replace(self, alpha=0.0)
 
     def _needs(
         self, reference: bool, splits: tuple[Split, ...] = ("forget",), *, reference_distribution: bool = False

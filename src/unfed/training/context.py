@@ -23,6 +23,7 @@ from unfed.models.modules import module_output
 from unfed.objectives.base import Counted, Positions
 from unfed.objectives.tokens import kl_divergence
 from unfed.training.batches import StepTotals
+from unfed.training.fisher import Fisher
 
 
 class Reference:
@@ -89,6 +90,7 @@ class Companions:
 
     reference: Reference | None = None
     anchor: Anchor | None = None
+    fisher: Fisher | None = None
 
 
 class ModelContext:
@@ -198,6 +200,12 @@ class ModelContext:
         if self._beside.anchor is None:
             raise UnfedError("a proximal objective was run without the round's global adapter")
         return self._beside.anchor.distance_sq()
+
+    def fisher_distance_sq(self) -> Tensor:
+        """See the protocol."""
+        if self._beside.fisher is None:
+            raise UnfedError("an objective that weighs with the Fisher information was run without one")
+        return self._beside.fisher.distance_sq()
 
     def micro_share(self) -> float:
         """See the protocol: by examples of the split that drives the epoch."""

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments, get_scheduler
@@ -22,7 +20,7 @@ from transformers.trainer import Trainer
 
 from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.seeding import derive_seed
-from unfed.base.types import Batch, Split
+from unfed.base.types import Batch, LossTerms, Split
 from unfed.data.chat import EncodedExample
 from unfed.models.adapter import trainable_parameters
 from unfed.models.forward import token_logps
@@ -33,6 +31,8 @@ from unfed.training.args import LoopArgs, usable_optimizer
 from unfed.training.batches import BatchPlan, Collation, Step, steps_per_epoch
 from unfed.training.context import Companions, ModelContext
 from unfed.training.extent import Extent, Share
+from unfed.training.gradients import GradientRule, Micro, Passes, gradient_rule
+from unfed.training.precision import check_fp16, enable_checkpointing, make_accelerator
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class Local:
         self.device = next(p.device for p in model.parameters())
         self._trained: dict[str, nn.Parameter] = {}
         if args.fp16:
-            _check_fp16(model, self.device)
+            check_fp16(model, self.device)
         self.optim, self.optim_note = usable_optimizer(args.optim)
         if args.tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = args.tf32
         if args.gradient_checkpointing:
-            _enable_checkpointing(model, args)
+            enable_checkpointing(model, args)
         self._hf_args = TrainingArguments(
             output_dir="unused",
             optim=self.optim,
@@ -114,7 +114,7 @@ class Local:
         )
         # Settle the devices now: TrainingArguments resets Accelerate's state when it is first asked.
         _ = self._hf_args.device
-        self.accelerator = _accelerator(args)
+        self.accelerator = make_accelerator(args)
         scaler = self.accelerator.scaler
         self._fresh_scaler = {} if scaler is None else scaler.state_dict()
         self._try_settings()
@@ -145,10 +145,11 @@ class Local:
         if self.accelerator.scaler is not None:
             # What one client's overflow taught it must not reach the next client; a resumed run would not know it.
             self.accelerator.scaler.load_state_dict(self._fresh_scaler)
+        rule = gradient_rule(task.objective, first, per_epoch)
         log = _LossLog(self.args.logging_steps, total, task.on_step)
         try:
             for number, step in enumerate(self._steps(task.plan, first, total)):
-                losses = self._step(step, task, beside, optimizer, check=number == 0)
+                losses = self._step(step, rule, task, beside, optimizer, check=number == 0)
                 optimizer.step()
                 if not getattr(optimizer, "step_was_skipped", False):
                     scheduler.step()
@@ -174,17 +175,15 @@ class Local:
             epoch, skip = epoch + 1, 0
 
     def _step(
-        self, step: Step, task: LocalTask, beside: Companions, optimizer: Any, *, check: bool
+        self, step: Step, rule: GradientRule, task: LocalTask, beside: Companions, optimizer: Any, *, check: bool
     ) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
-        for micro in step.micro:
+        def forward(objective: Objective, micro: Micro) -> LossTerms:
             batches: dict[Split, Batch] = {split: b.to(self.device) for split, b in micro.items()}
             with self.accelerator.autocast():
-                ctx = ModelContext(self.model, batches, step.totals, task.plan.driver, beside)
-                terms = task.objective(ctx)
-            self.accelerator.backward(terms.total)
-            for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
-                sums[name] = sums[name] + value if name in sums else value
+                return objective(ModelContext(self.model, batches, step.totals, task.plan.driver, beside))
+
+        passes = Passes(step.micro, forward, self.accelerator.backward, list(self._trained.values()))
+        sums = rule(task.objective, passes)
         if check:
             _check_gradients(self._trained)
         if self.args.max_grad_norm > 0:
@@ -230,33 +229,6 @@ class Local:
 
     def _release(self) -> None:
         self.accelerator._optimizers.clear()  # noqa: SLF001 - Accelerate keeps every optimizer it ever prepared
-
-
-def _accelerator(args: LoopArgs) -> Accelerator:
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    if AcceleratorState._shared_state and AcceleratorState._shared_state.get("_mixed_precision") != precision:  # noqa: SLF001
-        # Accelerate allows one precision a process; a process of ours may run several jobs one after the other.
-        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-    return Accelerator(mixed_precision=precision, cpu=args.use_cpu or not torch.cuda.is_available())
-
-
-def _check_fp16(model: nn.Module, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise ConfigError([f"trainer.args.fp16: needs a CUDA device, this model is on {device.type}; use bf16=true"])
-    if any(p.dtype == torch.float16 for p in trainable_parameters(model).values()):
-        raise ConfigError(
-            ["trainer.args.fp16: scaled gradients need float32 parameters; set model.model_args.torch_dtype=float32"]
-        )
-
-
-def _enable_checkpointing(model: nn.Module, args: LoopArgs) -> None:
-    options = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
-    inner: Any = model
-    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if isinstance(model, PeftModel):
-        # The base is frozen: without this no input of a checkpointed block requires a gradient, and with
-        # use_reentrant=true the adapters would silently receive none.
-        inner.enable_input_require_grads()
 
 
 def _check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
