@@ -15,6 +15,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from unfed.base.errors import ConfigError
 from unfed.base.seeding import torch_generator
 from unfed.models.decoding import Decoder, can_buffer, left_padded
+from unfed.models.kernels import fast_linears
 
 CACHED_PER_TOKEN = 4
 """Positions that generation may keep in its cache for each token of a batch: a cached position (keys and values of
@@ -62,11 +63,11 @@ class Budget:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is back in the mode it was in."""
+    """Evaluation mode without gradients, by fast kernels; afterwards every module is back in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), fast_linears(model):
             yield
     finally:
         for module, training in modes:
