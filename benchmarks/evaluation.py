@@ -49,7 +49,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (scoring, "collate_shared", "building batches"),
     (scoring, "labelled_logits", "scoring forwards"),
     (scoring, "shared_logits", "scoring forwards"),
-    (scoring, "label_logps", "log-softmax and details"),
+    (scoring, "_logps", "log-softmax and details"),
     (scoring, "_details", "log-softmax and details"),
     (collect, "generate", "generation"),
     (collect, "gradient_norms", "gradient norms"),

@@ -94,6 +94,43 @@ def test_a_batch_of_answers_that_were_cut_away_scores_nothing():
     assert found.lengths.tolist() == [0, 0, 2, 1] and np.isfinite(found.logp).all()
 
 
+def test_a_batch_of_shared_rows_ends_rather_than_pads(monkeypatch):
+    """Rows of 10 + 8, 10 + 7 and 10 + 1 positions; the prompt's last one predicts, an answer's last one does not."""
+    groups = [[answer((n,) * 10, (5,) * size)] for n, size in ((3, 2), (4, 9), (5, 8))]
+    assert list(scoring._shared_batches(Budget(), groups)) == [[1, 2, 0]]  # of 512 positions it is far
+    monkeypatch.setattr(scoring, "_PADDED", 37)
+    assert list(scoring._shared_batches(Budget(), groups)) == [[1, 2, 0]]  # two rows of 18 are 36
+    monkeypatch.setattr(scoring, "_PADDED", 18)
+    assert list(scoring._shared_batches(Budget(), groups)) == [[1, 2], [0]]  # 17 of 18 is nearly all, 11 is not
+    few = scoring._shared_batches(Budget(max_tokens=36), groups)  # the longest row counts 2 * (8 + 1) = 18
+    assert list(few) == [[1, 2], [0]]
+
+
+@pytest.mark.parametrize("details", [True, False])
+def test_the_head_runs_once_where_answers_begin_alike(details, monkeypatch):
+    """After the prompt (5 6) the answers 7 8 9, 7 8 and 7 4 4: predicted at 6 7 8, at 6 7, and at 6 7 4."""
+    model, ran = build(LlamaConfig(**LLAMA)).eval(), []
+    model.lm_head.register_forward_hook(lambda _m, _a, out: ran.append(out.shape[1]))
+    rows = [answer((5, 6), tokens) for tokens in ((7, 8, 9), (7, 8), (7, 4, 4))]
+    monkeypatch.setattr(scoring, "_CHUNK_VALUES", 2 * 61)  # two rows of logits at once
+    with torch.no_grad():
+        found = scoring.score(passing(model), rows, [details, False, details])
+        want = [model(torch.tensor([r.input_ids])).logits[0, 1:-1].log_softmax(dim=1) for r in rows]
+    assert ran[2] == 4  # after the trial's two passes: 6, 7, 8 and 4
+    logps = torch.cat([w[torch.arange(len(w)), list(r.input_ids[2:])] for w, r in zip(want, rows, strict=True)])
+    np.testing.assert_allclose(found.logp, logps, atol=1e-5)
+    if details:
+        wanted = torch.cat([want[0], want[2]])
+        mean = (wanted.exp() * wanted).sum(dim=1)
+        var = (wanted.exp() * (wanted - mean[:, None]).square()).sum(dim=1)
+        chosen = [0, 1, 2, 5, 6, 7]
+        np.testing.assert_allclose(found.mean[chosen], mean, atol=1e-5)
+        np.testing.assert_allclose(found.var[chosen], var, atol=1e-5)
+        hits = wanted.argmax(dim=1) == torch.tensor([7, 8, 9, 7, 4, 4])
+        assert (found.is_argmax[chosen] == hits.numpy()).all()
+        assert np.isnan(found.mean[3:5]).all()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_sharing_changes_nothing_but_the_work(attention, batch_size, monkeypatch):
@@ -136,7 +173,7 @@ def test_a_trial_that_differs_is_believed(monkeypatch):
     given = passing(model)
     want = scored(given).logp
     right = scoring.shared_logits
-    monkeypatch.setattr(scoring, "shared_logits", lambda m, b: right(m, b).roll(1, 0))
+    monkeypatch.setattr(scoring, "shared_logits", lambda m, b: (right(m, b)[0].roll(1, 0), right(m, b)[1]))
     np.testing.assert_allclose(scored(given).logp, want, atol=1e-5)
 
 

@@ -31,6 +31,10 @@ the shorter types."""
 _CHUNK_VALUES = 1 << 21
 """Logits handled at once in float32: 8 MiB for each of three arrays."""
 
+_PADDED = 512
+"""Positions from which on a batch of shared rows is large enough to end rather than to pad a shorter row by an eighth:
+rows of several answers differ much in their lengths."""
+
 Extra = Literal["details", "reference", "gradients", "fluency"]
 """What a metric may ask of a column beyond the labels' log-probabilities: is-argmax and moments, the reference
 model's statistics, gradient norms; of generated answers, the base model's statistics."""
@@ -86,21 +90,30 @@ def score(given: Pass, encoded: Sequence[EncodedExample], details: Sequence[bool
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     flat = np.full((4 if any(details) else 1, int(offsets[-1])), np.nan, dtype=np.float32)
     done = 0
-    for own, logits, labels in _forward(given, encoded):
+    for own, found in _forward(given, encoded):
         where = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in own])
-        flat[0, where] = label_logps(logits, labels).cpu().numpy()
+        flat[0, where] = _logps(found).cpu().numpy()
         chosen = np.repeat([details[i] for i in own], lengths[own])
         if chosen.any():
-            tokens = torch.from_numpy(np.flatnonzero(chosen)).to(logits.device)
-            flat[1:, where[chosen]] = _details(logits, labels, tokens).cpu().numpy()
+            tokens = torch.from_numpy(np.flatnonzero(chosen)).to(found.logits.device)
+            flat[1:, where[chosen]] = _details(found, tokens).cpu().numpy()
         done += len(own)
         given.tell("scoring answers", done, len(encoded))
     others = (flat[1] == 1, flat[2], flat[3]) if any(details) else (None, None, None)
     return TokenStats(flat[0], offsets, tuple(e.example_id for e in encoded), *others)
 
 
-def _forward(given: Pass, encoded: Sequence[EncodedExample]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of answers with the logits and labels of their labelled tokens, by answer and position.
+@dataclass(frozen=True)
+class _Found:
+    """Logits ``(P, V)``, labels ``(N,)`` by answer and position, and the row of the logits that predicts each."""
+
+    logits: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+def _forward(given: Pass, encoded: Sequence[EncodedExample]) -> Iterator[tuple[list[int], _Found]]:
+    """Batches of answers with what the model says at their labelled tokens.
 
     Answers to one question share its prompt where that is worth it and the model allows it.
     """
@@ -110,9 +123,10 @@ def _forward(given: Pass, encoded: Sequence[EncodedExample]) -> Iterator[tuple[l
         prompts.setdefault(shared_prefix(e), []).append(i)
     groups = [g for own in prompts.values() for g in _portions(own, encoded, given.budget.max_tokens)]
     if not given.mask_pad_ids and _shares(given, encoded, groups):
-        for own in given.budget.batches([_shared_cost([encoded[i] for i in g]) for g in groups]):
+        for own in _shared_batches(given.budget, [[encoded[i] for i in g] for g in groups]):
             batch = collate_shared([[encoded[i] for i in groups[g]] for g in own], pad).to(device)
-            yield [i for g in own for i in groups[g]], shared_logits(given.model, batch), batch.labels
+            logits, rows = shared_logits(given.model, batch)
+            yield [i for g in own for i in groups[g]], _Found(logits, batch.labels, rows)
         return
     for own in given.budget.batches([len(e) for e in encoded]):
         batch = collate([encoded[i] for i in own], pad)
@@ -120,7 +134,7 @@ def _forward(given: Pass, encoded: Sequence[EncodedExample]) -> Iterator[tuple[l
             mask = (batch.input_ids != pad).to(batch.attention_mask.dtype)
             batch = Batch(batch.input_ids, mask, batch.labels, batch.example_ids)
         found = labelled_logits(given.model, batch.to(device))
-        yield own, found.logits, found.labels
+        yield own, _Found(found.logits, found.labels, torch.arange(len(found.labels), device=found.logits.device))
 
 
 def _portions(own: Sequence[int], encoded: Sequence[EncodedExample], most: int) -> Iterator[list[int]]:
@@ -136,11 +150,22 @@ def _portions(own: Sequence[int], encoded: Sequence[EncodedExample], most: int) 
     yield portion
 
 
-def _shared_cost(group: Sequence[EncodedExample]) -> int:
-    """Positions of a group, or twice its labelled tokens: unshared, answers are about half of all positions, and
-    the logits of as many labels should fit in memory."""
-    labels = sum(len(e) - len(shared_prefix(e)) for e in group)
-    return max(shared_width(group), 2 * labels)
+def _shared_batches(budget: Budget, groups: Sequence[Sequence[EncodedExample]]) -> Iterator[list[int]]:
+    """Groups by number: the budget's batches, parted where that spares padding and leaves :data:`_PADDED` positions.
+
+    A row counts as its positions, or twice those of its answers: unshared, answers are about half of all positions,
+    and the logits of as many should fit in memory.
+    """
+    widths = [shared_width(g) for g in groups]
+    answers = [width - len(shared_prefix(g[0])) + 1 for width, g in zip(widths, groups, strict=True)]
+    for batch in budget.batches([max(w, 2 * a) for w, a in zip(widths, answers, strict=True)]):
+        part: list[int] = []
+        for g in sorted(batch, key=lambda g: -widths[g]):
+            if part and len(part) * widths[part[0]] >= _PADDED and 8 * widths[g] <= 7 * widths[part[0]]:
+                yield part
+                part = []
+            part.append(g)
+        yield part
 
 
 def _shares(given: Pass, encoded: Sequence[EncodedExample], groups: Sequence[list[int]]) -> bool:
@@ -159,7 +184,8 @@ def _shares(given: Pass, encoded: Sequence[EncodedExample], groups: Sequence[lis
     del alone
     batch = collate_shared([group], pad).to(device)
     try:
-        found = label_logps(shared_logits(given.model, batch), batch.labels)
+        logits, rows = shared_logits(given.model, batch)
+        found = _logps(_Found(logits, batch.labels, rows))
     except (ValueError, TypeError, RuntimeError) as e:
         log.info("answers to one question are scored one by one (%s)", str(e).partition("\n")[0])
         return False
@@ -171,18 +197,34 @@ def _shares(given: Pass, encoded: Sequence[EncodedExample], groups: Sequence[lis
     return True
 
 
-def _details(logits: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:
-    """is-argmax, mean, variance at the rows ``tokens`` of ``logits`` ``(N, V)``: shape ``(3, len(tokens))``."""
-    out = torch.empty((3, len(tokens)), device=logits.device)
-    size = max(1, _CHUNK_VALUES // logits.shape[1])
-    for start in range(0, len(tokens), size):
-        part = tokens[start : start + size]
-        logps = logits[part].float().log_softmax(dim=1)
+def _chunks(count: int, width: int) -> Iterator[slice]:
+    """``count`` rows of ``width`` logits in portions of :data:`_CHUNK_VALUES`."""
+    size = max(1, _CHUNK_VALUES // width)
+    yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _logps(found: _Found) -> Tensor:
+    """Log-probability of each label, ``(N,)`` float32: one log-softmax for each row of the logits."""
+    out = torch.empty(found.labels.shape, dtype=torch.float32, device=found.logits.device)
+    for part in _chunks(*found.logits.shape):
+        own = ((found.rows >= part.start) & (found.rows < part.stop)).nonzero().squeeze(1)
+        logps = found.logits[part].float().log_softmax(dim=1)
+        out[own] = logps[found.rows[own] - part.start, found.labels[own]]
+    return out
+
+
+def _details(found: _Found, tokens: Tensor) -> Tensor:
+    """is-argmax, mean, variance of the labels ``tokens``: shape ``(3, len(tokens))``, computed once for each row."""
+    distinct, which = found.rows[tokens].unique(return_inverse=True)
+    best = torch.empty(len(distinct), dtype=torch.int64, device=found.logits.device)
+    moments = torch.empty((2, len(distinct)), device=found.logits.device)
+    for part in _chunks(len(distinct), found.logits.shape[1]):
+        logits = found.logits[distinct[part]]
+        logps = logits.float().log_softmax(dim=1)
         probs = logps.exp()
         # A vanished probability counts 0, also where its log-probability is infinite (masked vocabulary).
         logps.masked_fill_(probs == 0, 0)
         mean = (probs * logps).sum(dim=1)
-        out[0, start : start + size] = logits[part].argmax(dim=1) == labels[part]
-        out[1, start : start + size] = mean
-        out[2, start : start + size] = logps.sub_(mean.unsqueeze(1)).square_().mul_(probs).sum(dim=1)
-    return out
+        best[part], moments[0, part] = logits.argmax(dim=1), mean
+        moments[1, part] = logps.sub_(mean.unsqueeze(1)).square_().mul_(probs).sum(dim=1)
+    return torch.cat([(best[which] == found.labels[tokens]).float().unsqueeze(0), moments[:, which]])

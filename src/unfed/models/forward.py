@@ -121,12 +121,15 @@ def labelled_logits(model: nn.Module, batch: Batch) -> LabelledLogits:
     return LabelledLogits(logits, labels, (index // mask.shape[1]).to(logits.device))
 
 
-def shared_logits(model: nn.Module, batch: SharedBatch) -> Tensor:
-    """Logits ``(N, V)`` at ``batch.predictors``, where answers to one prompt share its positions and their beginnings.
+def shared_logits(model: nn.Module, batch: SharedBatch) -> tuple[Tensor, Tensor]:
+    """Logits ``(P, V)`` where answers to one prompt share its positions and their beginnings, and each label's row.
 
-    The mask is handed to the model as it is, which attention kernels other than ``sdpa`` and ``eager``,
-    sliding windows and recurrent layers do not honour: compare with :func:`labelled_logits` before relying on it.
+    The head runs once at each of the ``P`` distinct positions of ``batch.predictors``; the second tensor, ``(N,)``, is
+    the row that predicts each label. The mask is handed to the model as it is, which attention kernels other than
+    ``sdpa`` and ``eager``, sliding windows and recurrent layers do not honour: compare with :func:`labelled_logits`
+    before relying on it.
     """
+    places, which = batch.predictors.unique(return_inverse=True)
     width = batch.ends.shape[1]
     causal = torch.ones((width, width), dtype=torch.bool, device=batch.ends.device).tril()
     queries = torch.arange(width, device=batch.ends.device)[None, None, :, None]
@@ -134,9 +137,9 @@ def shared_logits(model: nn.Module, batch: SharedBatch) -> Tensor:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-    with head_input(model, _rows_at(batch.predictors)):
+    with head_input(model, _rows_at(places)):
         out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
-    return out.logits.squeeze(0)
+    return out.logits.squeeze(0), which
 
 
 class _LabelLogps(torch.autograd.Function):
