@@ -29,7 +29,7 @@ from unfed.metrics.stats import Array, TokenStats
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the meaning of an entry changes, or how it is computed."""
 
 LIBRARIES = (torch.__version__, transformers.__version__, peft.__version__)
