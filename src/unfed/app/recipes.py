@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unfed.aggregation.base import Aggregator
+from unfed.aggregation.base import Aggregator, WeightedMean
 from unfed.aggregation.registry import build_aggregator
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, RunDir
@@ -72,6 +72,7 @@ def read_source(place: Path) -> tuple[Source, RunConfig]:
         aggregator=rule.name if rule else "none",
         mean_step=rule.mean_step if rule else None,
         kept=History(place).settings,
+        weighting=rule.weighting if isinstance(rule, WeightedMean) else "examples",
     )
     return source, made
 

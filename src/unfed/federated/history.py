@@ -116,6 +116,10 @@ class History:
         """Rounds (from 0) of which the clients' updates are kept."""
         return [n for n, _ in numbered(self._root / "updates")]
 
+    def examples(self, number: int) -> dict[str, int]:
+        """Who took part in round ``number`` (from 0) with a kept update, and on how many examples; reads no tensor."""
+        return {c: int(n) for c, n in _manifest(self._root / "updates" / _name(number))["num_examples"].items()}
+
     def updates(self, number: int) -> Iterator[tuple[str, Kept]]:
         """The clients' updates of round ``number`` (from 0), one by one."""
         place = self._root / "updates" / _name(number)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from unfed.aggregation.base import Weighting
 from unfed.base.params import Hyperparameters
 from unfed.base.types import AdapterState, ServerState
 from unfed.federated.history import History, HistoryKind, HistorySettings
@@ -20,7 +21,7 @@ class Source:
 
     ``participants`` are the clients of each round whose updates counted; ``client_steps`` and ``nbytes`` are what it
     cost (optimizer steps over all clients; bytes sent both ways). ``mean_step``: see
-    :attr:`unfed.aggregation.base.Aggregator.mean_step`.
+    :attr:`unfed.aggregation.base.Aggregator.mean_step`. ``weighting``: of the clients in the server's mean.
     """
 
     directory: Path
@@ -30,6 +31,11 @@ class Source:
     aggregator: str
     mean_step: float | None
     kept: HistorySettings
+    weighting: Weighting = "examples"
+
+    def weight(self, num_examples: int) -> float:
+        """A client's weight in the server's mean, before the weights are divided by their sum."""
+        return float(num_examples) if self.weighting == "examples" else 1.0
 
     @property
     def history(self) -> History:

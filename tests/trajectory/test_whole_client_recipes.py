@@ -1,0 +1,115 @@
+"""Recipes that take a whole client out, on the small model: they forget, go on after a kill, and say what they lack."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from unfed.aggregation.tree import RunningMean, moved
+from unfed.app.runs import run
+from unfed.base.artifacts import read_json, read_tensors
+from unfed.base.errors import ConfigError
+from unfed.config.schema import DatasetConfig, HistoryConfig, PartitionConfig, RecipeConfig
+from unfed.data.datasets import data_digest, load_rows
+from unfed.data.partition import Partition
+from unfed.federated.client import Client
+from unfed.federated.history import History
+
+ROUNDS = 3
+RECIPES = ("federaser",)
+LACKING = {"federaser": r"recipe=federaser: needs history=updates .* fine-tune with history=updates"}
+
+
+def digest(directory: Path) -> str:
+    return read_tensors(directory / "adapter_model.safetensors").digest()
+
+
+def forget_loss(directory: Path) -> float:
+    return read_json(directory / "unfed.json")["forget_loss"]["value"]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory, small_data) -> str:
+    """Four clients with three rows each, and ``client_4`` with the six forget rows; nobody owns both kinds."""
+    rows = load_rows(DatasetConfig("locuslab/TOFU", "full"), str(small_data))
+    ids = [r["id"] for r in rows]
+    clients = {f"client_{i}": tuple(ids[3 * i : 3 * i + 3]) for i in range(4)} | {"client_4": tuple(ids[12:])}
+    path = tmp_path_factory.mktemp("partition") / "partition.json"
+    Partition(clients, "target", 0, data_digest(rows)).write(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, small_run, manifest) -> Path:
+    """A fine-tuning that kept every update."""
+    args = {"num_clients": None, "global_rounds": ROUNDS}
+    training = {"num_train_epochs": 4, "learning_rate": 3e-2}
+    config = small_run("finetune", tmp_path_factory.mktemp("whole") / "ft", method_args=args, args=training)
+    config = dataclasses.replace(
+        config, history=HistoryConfig(("updates",)), partition=PartitionConfig(manifest=manifest)
+    )
+    return run(config).directory
+
+
+@pytest.fixture
+def forgetting(small_run, start):
+    def make(output: Path, recipe: str, params=None, *, source: Path = start, **method_args):
+        return small_run(
+            "unlearn",
+            output,
+            model_args={"pretrained_model_name_or_path": str(source)},
+            method_args={"global_rounds": 1, "target_client_idx": 4} | method_args,
+            recipe=RecipeConfig(recipe, params or {}),
+        )
+
+    return make
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_forgets_and_a_killed_run_goes_on_to_the_same_bytes(forgetting, start, tmp_path, monkeypatch, recipe):
+    result = run(forgetting(tmp_path / "run", recipe))
+    assert forget_loss(result.directory) > forget_loss(start) + 0.3
+    assert not [f for r in result.records for f in r.failures]
+    record = read_json(result.directory / "run.json")
+    assert record["recipe"]["promise"]["kind"] == "approximate" and record["recipe"]["targets"] == ["client_4"]
+
+    fit = Client.fit
+
+    def cut(self, task, adapter, client_id):
+        if task.round == result.records[-1].round:
+            raise KilledError
+        return fit(self, task, adapter, client_id)
+
+    monkeypatch.setattr(Client, "fit", cut)
+    with pytest.raises(KilledError):
+        run(forgetting(tmp_path / "cut", recipe))
+    monkeypatch.undo()
+    again = run(dataclasses.replace(forgetting(tmp_path / "cut", recipe), resume=True))
+    assert digest(again.directory) == digest(result.directory)
+
+
+@pytest.mark.parametrize("recipe", LACKING)
+def test_without_its_history_it_is_refused_with_the_way_out(small_run, finetuned, tmp_path, forgetting, recipe):
+    with pytest.raises(ConfigError, match=LACKING[recipe]):
+        run(forgetting(tmp_path / "run", recipe, source=finetuned, target_client_idx=0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_federaser_trains_the_others_alone_and_its_rounds_are_those_that_were_kept(forgetting, start, tmp_path):
+    result = run(forgetting(tmp_path / "run", "federaser", {"final_rounds": 1}))
+    assert [(r.phase, len(r.clients)) for r in result.records] == [("calibrate", 4)] * 2 + [("recover", 4)]
+    assert all("client_4" not in r.clients for r in result.records)
+    # The first kept round is added as it is. Clients 0 to 3 have three rows each, so their mean is plain.
+    kept = History(start)
+    mean = RunningMean()
+    for client, update in kept.updates(0):
+        if client != "client_4":
+            mean.add(update.delta, 3.0)
+    begin = moved(kept.start(), mean.result(), 1.0, kept.start())
+    assert result.records[0].adapter_before == begin.digest()

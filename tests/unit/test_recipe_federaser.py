@@ -1,0 +1,140 @@
+"""FedEraser's arithmetic, worked by hand, and the kept rounds that it makes its phases from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from unfed.aggregation.registry import build_aggregator
+from unfed.base.errors import ConfigError
+from unfed.base.types import AdapterState, ClientUpdate, ServerState
+from unfed.federated.history import History, HistorySettings
+from unfed.federated.history_writer import HistoryWriter
+from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
+from unfed.federated.schedule import Participation, Phase, Schedule, Work
+from unfed.objectives.nll import NLL
+from unfed.objectives.npo import NPO
+from unfed.unlearning.base import Ingredients, Situation, Source, unmet
+from unfed.unlearning.federaser import FedEraser, calibrated
+from unfed.unlearning.registry import build_recipe
+
+CLIENTS = {"a": 1, "b": 3, "c": 4}
+NAME = "m.lora_A.weight"
+
+
+def state(*values: float) -> AdapterState:
+    return AdapterState({NAME: torch.tensor([list(values)])})
+
+
+class Walkers:
+    """Client ``k`` moves the adapter by (examples of ``k``, round counted from 1)."""
+
+    def fit(self, task, adapter, client_ids):
+        for client in client_ids:
+            step = torch.tensor([[float(CLIENTS[client]), float(task.round + 1)]])
+            yield ClientUpdate(client, AdapterState({NAME: adapter[NAME] + step}), CLIENTS[client])
+
+
+def walked(directory: Path, *, rounds: int = 3, every: int = 1, weighting="examples", clients=CLIENTS, **how) -> Source:
+    """A fine-tuning of walkers that began at (0, 0), and kept its updates."""
+    rule, kept = build_aggregator("FedAvg", {"weighting": weighting}), HistorySettings(("updates",), every)
+    keeper = RunKeeper(history=HistoryWriter(directory, kept, rule))
+    assert keeper.history is not None
+    keeper.history.begin(ServerState(0, state(0.0, 0.0)))
+    schedule = Schedule((Phase("finetune", rounds, {c: Work("train", NLL(), 1.0) for c in clients}),))
+    config = RoundsConfig(0, Participation(**how))
+    run_rounds(schedule, Walkers(), rule, ServerState(0, state(0.0, 0.0)), config, keeper)
+    who = tuple(r.clients for r in keeper.records)
+    return Source(directory, who, 9, 0, "FedAvg", 1.0, kept, weighting)
+
+
+def given(source: Source, targets=("b",), step: float = 1.0) -> Ingredients:
+    source = dataclasses.replace(source, mean_step=step)
+    retainers = tuple(c for c in CLIENTS if c not in targets)
+    return Ingredients(Situation(tuple(targets), retainers, source), NPO(), NLL(), 5.0, 4.0, 7, state(9.0, 9.0))
+
+
+def close(found: AdapterState, *values: float) -> None:
+    torch.testing.assert_close(found[NAME], torch.tensor([list(values)]))
+
+
+def test_a_direction_gets_the_kept_length_tensor_by_tensor():
+    direction = AdapterState({"A": torch.tensor([3.0, 4.0]), "B": torch.tensor([0.0, 0.0])})
+    kept = AdapterState({"A": torch.tensor([0.0, 10.0]), "B": torch.tensor([1.0, 1.0])})
+    found = calibrated(direction, kept)
+    torch.testing.assert_close(found["A"], torch.tensor([6.0, 8.0]))
+    torch.testing.assert_close(found["B"], torch.zeros(2))
+
+
+def test_it_begins_with_the_first_kept_round_as_it_was_without_the_target(tmp_path):
+    """Updates of round 0: a (1, 1), b (3, 1), c (4, 1). Without b: (1 * 1 + 4 * 4) / 5 = 3.4."""
+    source = walked(tmp_path)
+    close(FedEraser().plan(given(source)).start.adapter, 3.4, 1.0)
+    close(FedEraser().plan(given(source, ("a", "b"))).start.adapter, 4.0, 1.0)
+    close(FedEraser().plan(given(source, step=0.5)).start.adapter, 1.7, 0.5)
+    even = walked(tmp_path / "even", weighting="uniform")
+    close(FedEraser().plan(given(even)).start.adapter, 2.5, 1.0)
+
+
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_a_round_adds_the_mean_of_kept_lengths_in_new_directions(tmp_path, step):
+    """Round 1 kept a (1, 2) and c (4, 2), lengths sqrt 5 and sqrt 20. Now a goes to (0, 10), c to (-2, 0) from where
+    the round begins, so the steps are (0, sqrt 5) and (-sqrt 20, 0), and their mean with weights 1 and 4 is
+    (-4 sqrt 20, sqrt 5) / 5."""
+    phase = FedEraser().plan(given(walked(tmp_path), step=step)).schedule.phases[0]
+    task = next(Schedule((phase,)).tasks())
+    begin = state(1.0, 1.0)
+    updates = [ClientUpdate("a", state(1.0, 11.0), 1), ClientUpdate("c", state(-1.0, 1.0), 4)]
+    combined, adapter = phase.rule.advance(task, ServerState(0, begin), iter(updates))
+    close(adapter, 1 - step * 4 * math.sqrt(20) / 5, 1 + step * math.sqrt(5) / 5)
+    assert combined.client_ids == ("a", "c") and combined.num_examples == 5
+    # The phase's second round is the kept round 2: a (1, 3), c (4, 3), lengths sqrt 10 and 5.
+    task = list(Schedule((phase,)).tasks())[1]
+    _, adapter = phase.rule.advance(task, ServerState(1, begin), iter(updates))
+    close(adapter, 1 - step * 4 * 5 / 5, 1 + step * math.sqrt(10) / 5)
+
+
+def test_the_phases_are_the_kept_rounds_with_those_who_took_part(tmp_path):
+    source = walked(tmp_path / "all", rounds=5, every=2)
+    (phase,) = FedEraser().plan(given(source)).schedule.phases
+    assert (phase.rounds, phase.rule.rounds, phase.always) == (2, (2, 4), ("a", "c"))
+    assert dict(phase.work) == {c: Work("train", NLL(), 2.0, shown="retain") for c in ("a", "c")}
+    source = walked(tmp_path / "some", rounds=6, fraction_fit=0.67)
+    plan = FedEraser(calibration_ratio=1.0, final_rounds=2).plan(given(source))
+    *calibrating, last = plan.schedule.phases
+    there = [tuple(c for c in r if c != "b") for r in source.participants]
+    assert len(set(there)) > 1, "the draw should differ between rounds"
+    found = {n: p.always for p in calibrating for n in p.rule.rounds}
+    assert found == {n: c for n, c in enumerate(there) if c and n > 0}
+    assert all(a.always != b.always for a, b in itertools.pairwise(calibrating))
+    assert (last.name, last.rounds, last.rule) == ("recover", 2, "aggregate")
+
+
+def test_what_leaves_nothing_to_calibrate_is_refused(tmp_path):
+    recipe = build_recipe("federaser", {})
+    once = walked(tmp_path / "once", rounds=1)
+    (problem,) = unmet(recipe, given(once).situation)
+    assert "only the first round's updates are kept" in problem and "recipe.final_rounds" in problem
+    assert unmet(FedEraser(final_rounds=1), given(once).situation) == []
+    alone = walked(tmp_path / "alone", clients={"b": 3})
+    (problem,) = unmet(recipe, given(alone).situation)
+    assert "no client but b took part" in problem and "recipe=retrain" in problem
+    single = Situation(("b",), ("a", "b", "c"), once)
+    assert any("removes whole clients" in p for p in unmet(recipe, single))
+
+
+def test_settings_out_of_their_limits_are_refused():
+    for params in ({"calibration_ratio": 0}, {"final_rounds": -1}, {"final_rounds": 1.5}, {"ratio": 0.5}):
+        with pytest.raises(ConfigError):
+            build_recipe("federaser", params)
+
+
+def test_history_tells_who_took_part_without_reading_a_tensor(tmp_path, monkeypatch):
+    walked(tmp_path)
+    monkeypatch.setattr("unfed.federated.history.read_tensors", None)
+    assert History(tmp_path).examples(1) == CLIENTS
