@@ -14,6 +14,7 @@ from unfed.config.compat import resolve
 from unfed.config.load import config_dir
 from unfed.objectives.registry import OBJECTIVES, UNLEARNING_METHODS
 from unfed.objectives.wrappers import WRAPPERS
+from unfed.unlearning.registry import RECIPES
 
 CONFIGS = config_dir()
 MODELS = (
@@ -37,6 +38,7 @@ def test_the_groups_have_the_files_that_users_name():
     assert choices("trainer") == {"FederatedFinetune", "FederatedUnlearningTrainer", "finetune", *UNLEARNING_METHODS}
     assert choices("method") == set(UNLEARNING_METHODS) == set(schema.METHODS)
     assert choices("wrapper") == set(WRAPPERS) == set(schema.WRAPPERS)
+    assert choices("recipe") == set(RECIPES) == set(schema.RECIPES)
     assert choices("aggregator") == set(AGGREGATORS) == set(schema.AGGREGATORS)
     assert choices("lora") == {"quick", "balanced", "high"}
     assert choices("partition") == {"target", "iid", "author", "dirichlet", "quantity"}
@@ -99,6 +101,15 @@ def test_a_wrapper_file_gives_the_wrappers_own_defaults(name):
     given = read(f"wrapper/{name}.yaml")
     assert given.pop("name") == name
     assert given == hyperparameters(WRAPPERS[name])
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_file_gives_the_recipes_own_defaults_and_passes(name):
+    own = hyperparameters(RECIPES[name])
+    assert read(f"recipe/{name}.yaml") == {"name": name, **own}
+    argv = [f"recipe={name}", "method=NPO", "experiment=unlearn/tofu/default", "task_name=t", "model=tiny"]
+    config = resolve(argv, "unlearn-lora.yaml")
+    assert (config.recipe.name, dict(config.recipe.params)) == (name, own)
 
 
 RUNS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unfed.aggregation.tree import RunningMean, moved
+from unfed.aggregation.tree import RunningMean, delta, moved, norm
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import ConfigError
@@ -16,10 +16,12 @@ from unfed.data.datasets import data_digest, load_rows
 from unfed.data.partition import Partition
 from unfed.federated.client import Client
 from unfed.federated.history import History
+from unfed.models.adapter import snapshot
+from unfed.unlearning import pga
 
 ROUNDS = 3
-RECIPES = ("federaser",)
-LACKING = {"federaser": r"recipe=federaser: needs history=updates .* fine-tune with history=updates"}
+RECIPES = ("federaser", "pga")
+LACKING = {r: rf"recipe={r}: needs history=updates .* fine-tune with history=updates" for r in ("federaser", "pga")}
 
 
 def digest(directory: Path) -> str:
@@ -113,3 +115,46 @@ def test_federaser_trains_the_others_alone_and_its_rounds_are_those_that_were_ke
             mean.add(update.delta, 3.0)
     begin = moved(kept.start(), mean.result(), 1.0, kept.start())
     assert result.records[0].adapter_before == begin.digest()
+
+
+@pytest.fixture
+def distances(monkeypatch):
+    """(from the center, from the last model, whether it stops) after each step of PGA's ascent, and its limits."""
+    found, limits, bind = [], [], pga.Ball.bind
+
+    def spying(self, model):
+        hold = bind(self, model)
+        limits.append(self)
+
+        def held() -> bool:
+            stops, now = hold(), snapshot(model)
+            found.append((norm(delta(now, self.center)), norm(delta(now, self.last)), stops))
+            return stops
+
+        return held
+
+    monkeypatch.setattr(pga.Ball, "bind", spying)
+    return found, limits
+
+
+def test_pga_stays_in_its_ball_after_every_step(forgetting, tmp_path, distances):
+    """Steps ten times the paper's reach the ball's surface and go on along it; with a wide reach nothing stops them."""
+    found, limits = distances
+    result = run(forgetting(tmp_path / "run", "pga", {"lr": 0.1, "early_stop": 5.0}))
+    (ball,) = limits
+    assert len(found) == 10, "5 epochs of 6 rows in batches of 4"
+    assert all(away <= ball.radius * (1 + 1e-6) for away, _, _ in found)
+    on_it = [away for away, _, _ in found if away > ball.radius * (1 - 1e-5)]
+    assert len(on_it) >= 3 and found[0][0] < 0.5 * ball.radius
+    assert [r.phase for r in result.records] == ["ascent", "recover"]
+    assert [r.clients for r in result.records] == [("client_4",), tuple(f"client_{i}" for i in range(4))]
+    assert result.records[0].adapter_before == ball.center.digest()
+
+
+def test_pga_stops_where_the_target_is_far_from_what_it_sent(forgetting, tmp_path, distances):
+    found, limits = distances
+    result = run(forgetting(tmp_path / "run", "pga", {"early_stop": 0.01}, global_rounds=0))
+    (ball,) = limits
+    assert [stops for _, _, stops in found] == [False] * (len(found) - 1) + [True] and 1 < len(found) < 10
+    assert all(away <= ball.reach for _, away, stops in found if not stops) and found[-1][1] > ball.reach
+    assert result.records[0].metrics["client_4"]["steps"] == len(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,6 +40,16 @@ def delta(target: AdapterState, origin: AdapterState) -> AdapterState:
 def zip_map(function: Callable[..., Tensor], first: AdapterState, *others: AdapterState) -> AdapterState:
     """``function`` of the tensors of one name, for each name of ``first``."""
     return AdapterState({n: function(first[n], *(o[n] for o in others)) for n in first})
+
+
+def inner(first: AdapterState, second: AdapterState) -> float:
+    """The inner product of two states as vectors, over the floating tensors, in float64."""
+    return sum(float(first[n].double().flatten() @ second[n].double().flatten()) for n in floats(first))
+
+
+def norm(state: AdapterState) -> float:
+    """The Euclidean length of a state as a vector."""
+    return math.sqrt(inner(state, state))
 
 
 def moved(origin: AdapterState, direction: AdapterState, step: float, buffers: AdapterState) -> AdapterState:

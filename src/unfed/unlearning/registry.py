@@ -12,10 +12,11 @@ from unfed.unlearning.base import Recipe
 from unfed.unlearning.federaser import FedEraser
 from unfed.unlearning.interleaved import Interleaved
 from unfed.unlearning.local_then_recover import LocalThenRecover
+from unfed.unlearning.pga import PGA
 from unfed.unlearning.retrain import Retrain, Rollback
 
 RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
-    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, FedEraser)}
+    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, FedEraser, PGA)}
 )
 
 

@@ -1,4 +1,4 @@
-"""FedEraser's arithmetic, worked by hand, and the kept rounds that it makes its phases from."""
+"""FedEraser and PGA: their arithmetic worked by hand on kept rounds, and what they ask of those."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from unfed.aggregation.registry import build_aggregator
 from unfed.base.errors import ConfigError
@@ -17,10 +18,13 @@ from unfed.federated.history import History, HistorySettings
 from unfed.federated.history_writer import HistoryWriter
 from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
 from unfed.federated.schedule import Participation, Phase, Schedule, Work
+from unfed.objectives.grad_ascent import GradAscent
 from unfed.objectives.nll import NLL
 from unfed.objectives.npo import NPO
+from unfed.training.extent import Extent
 from unfed.unlearning.base import Ingredients, Situation, Source, unmet
 from unfed.unlearning.federaser import FedEraser, calibrated
+from unfed.unlearning.pga import PGA, Ball, last_model, others_alone
 from unfed.unlearning.registry import build_recipe
 
 CLIENTS = {"a": 1, "b": 3, "c": 4}
@@ -53,10 +57,12 @@ def walked(directory: Path, *, rounds: int = 3, every: int = 1, weighting="examp
     return Source(directory, who, 9, 0, "FedAvg", 1.0, kept, weighting)
 
 
-def given(source: Source, targets=("b",), step: float = 1.0) -> Ingredients:
+def given(source: Source, targets=("b",), step: float = 1.0, start: AdapterState | None = None) -> Ingredients:
     source = dataclasses.replace(source, mean_step=step)
     retainers = tuple(c for c in CLIENTS if c not in targets)
-    return Ingredients(Situation(tuple(targets), retainers, source), NPO(), NLL(), 5.0, 4.0, 7, state(9.0, 9.0))
+    return Ingredients(
+        Situation(tuple(targets), retainers, source), NPO(), NLL(), 5.0, 4.0, 7, start or state(9.0, 9.0)
+    )
 
 
 def close(found: AdapterState, *values: float) -> None:
@@ -138,3 +144,83 @@ def test_history_tells_who_took_part_without_reading_a_tensor(tmp_path, monkeypa
     walked(tmp_path)
     monkeypatch.setattr("unfed.federated.history.read_tensors", None)
     assert History(tmp_path).examples(1) == CLIENTS
+
+
+def test_the_reference_is_the_mean_of_the_others_in_the_last_round(tmp_path):
+    """Shares 1/8, 3/8, 4/8: the mean update is (26/8, t) and the training ends at (9.75, 6). In the last round the
+    others' mean is (3.4, 3) instead of (3.25, 3): the reference is (9.9, 6)."""
+    source, end = walked(tmp_path), state(9.75, 6.0)
+    close(others_alone(source, end, ("b",)), 9.9, 6.0)
+    close(last_model(source, end, "b"), 9.75 - 3.25 + 3.0, 6.0)
+    # Without a and b only c is left, which moved by (4, 3).
+    close(others_alone(source, end, ("a", "b")), 9.75 - 3.25 + 4.0, 6.0)
+    # Half a step of the server: half the difference.
+    half = dataclasses.replace(source, mean_step=0.5)
+    close(others_alone(half, state(4.875, 3.0), ("b",)), 4.95, 3.0)
+    close(last_model(half, state(4.875, 3.0), "b"), 4.875 - 1.625 + 3.0, 3.0 - 1.5 + 3.0)
+
+
+def test_with_equal_weights_the_reference_is_the_papers(tmp_path):
+    """N/(N-1) w_T - 1/(N-1) w_u with N = 3; the mean update is (8/3, t), so the training ends at (8, 6)."""
+    source, end = walked(tmp_path, weighting="uniform"), state(8.0, 6.0)
+    sent = last_model(source, end, "b")
+    close(sent, 8 - 8 / 3 + 3, 6.0)
+    paper = 1.5 * end[NAME] - 0.5 * sent[NAME]
+    torch.testing.assert_close(others_alone(source, end, ("b",))[NAME], paper)
+
+
+def test_a_target_that_was_not_in_the_last_round_is_taken_out_of_its_own_last_one(tmp_path):
+    source = walked(tmp_path, rounds=6, fraction_fit=0.67)
+    last = max(n for n, there in enumerate(source.participants) if "b" in there)
+    others = [c for c in source.participants[last] if c != "b"]
+    weight = sum(CLIENTS[c] for c in others)
+    mean = sum(CLIENTS[c] ** 2 for c in source.participants[last]) / (weight + 3)
+    alone = sum(CLIENTS[c] ** 2 for c in others) / weight
+    close(others_alone(source, state(1.0, 1.0), ("b",)), 1 + alone - mean, 1.0)
+
+
+def test_pga_plans_an_ascent_in_a_ball_and_a_recovery_without_the_targets(tmp_path):
+    """From (0, 0) to (9.75, 6) is 11.448; the reference (9.9, 6) is 0.4 from what b sent, (9.5, 6)."""
+    plan = PGA(radius=0.5, early_stop=0.1).plan(given(walked(tmp_path), start=state(9.75, 6.0)))
+    ascent, recover = plan.schedule.phases
+    assert (ascent.rounds, ascent.rule, ascent.always, tuple(recover.work)) == (1, "adopt", ("b",), ("a", "c"))
+    close(plan.start.adapter, 9.9, 6.0)
+    work, travelled = ascent.work["b"], math.hypot(9.75, 6.0)
+    assert (work.rows, work.objective, work.epochs) == ("forget", GradAscent(), 5)
+    assert work.constraint.radius == pytest.approx(0.5 * travelled)
+    assert work.constraint.reach == pytest.approx(0.4 + 0.1 * travelled)
+    two = PGA().plan(given(walked(tmp_path), ("a", "b"), start=state(9.75, 6.0))).schedule.phases[0]
+    assert two.always == ("a", "b") and two.work["a"].constraint.reach != two.work["b"].constraint.reach
+
+
+def test_a_target_of_which_no_update_is_kept_is_refused(tmp_path):
+    source = walked(tmp_path, rounds=6, every=6, fraction_fit=0.34)
+    absent = next(c for c in CLIENTS if c not in source.participants[0])
+    situation = Situation((absent,), tuple(c for c in CLIENTS if c != absent), source)
+    (problem,) = unmet(PGA(), situation)
+    assert f"kept no update of {absent} (history.every=6)" in problem and "history.every=1" in problem
+
+
+def test_its_optimizer_is_sgd_with_momentum_and_a_clipped_gradient(small_local):
+    plain = small_local(weight_decay=0.1, warmup_ratio=0.5, lr_scheduler_type="cosine")
+    args = dataclasses.replace(plain.args, **PGA(momentum=0.8, lr=0.02, clip=3.0)._args())
+    local = type(plain)(plain.model, args, plain.collation, 0)
+    optimizer, scheduler = local._optimizer(Extent(10, 0), 1)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {(g["lr"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.02, 0.8, 0.0)}
+    assert local.args.max_grad_norm == 3.0 and scheduler.get_last_lr() == [0.02]
+
+
+def test_a_ball_holds_weights_and_says_when_they_are_far_enough():
+    """(3, 4) is 5 from the center and comes back to length 2; from (-1, 0) that is then hypot(2.2, 1.6)."""
+    model = nn.Linear(2, 1, bias=False)
+    center = AdapterState({"weight": torch.zeros(1, 2)})
+    last = AdapterState({"weight": torch.tensor([[-1.0, 0.0]])})
+    reach = math.hypot(2.2, 1.6)
+    for margin, stops in ((1e-3, False), (-1e-3, True)):
+        model.weight.data.copy_(torch.tensor([[3.0, 4.0]]))
+        assert Ball(2.0, reach + margin, center, last).bind(model)() is stops
+        torch.testing.assert_close(model.weight.data, torch.tensor([[1.2, 1.6]]))
+    model.weight.data.copy_(torch.tensor([[0.3, 0.4]]))
+    assert Ball(2.0, 9.0, center, last).bind(model)() is False
+    torch.testing.assert_close(model.weight.data, torch.tensor([[0.3, 0.4]]))
