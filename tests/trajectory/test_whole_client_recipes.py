@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
-from unfed.aggregation.tree import RunningMean, delta, moved, norm
+from unfed.aggregation.tree import RunningMean, delta, inner, moved, norm
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import ConfigError
 from unfed.config.schema import DatasetConfig, HistoryConfig, PartitionConfig, RecipeConfig
 from unfed.data.datasets import data_digest, load_rows
 from unfed.data.partition import Partition
+from unfed.federated.checkpoint import Checkpoints
 from unfed.federated.client import Client
 from unfed.federated.history import History
 from unfed.models.adapter import snapshot
-from unfed.unlearning import pga
+from unfed.unlearning import fedosd, pga
 
 ROUNDS = 3
-RECIPES = ("federaser", "pga")
+RECIPES = {"federaser": {}, "pga": {}, "fedosd": {"unlearn_rounds": 6, "lr": 10.0}}
 LACKING = {r: rf"recipe={r}: needs history=updates .* fine-tune with history=updates" for r in ("federaser", "pga")}
 
 
@@ -75,7 +77,7 @@ class KilledError(BaseException):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_forgets_and_a_killed_run_goes_on_to_the_same_bytes(forgetting, start, tmp_path, monkeypatch, recipe):
-    result = run(forgetting(tmp_path / "run", recipe))
+    result = run(forgetting(tmp_path / "run", recipe, RECIPES[recipe]))
     assert forget_loss(result.directory) > forget_loss(start) + 0.3
     assert not [f for r in result.records for f in r.failures]
     record = read_json(result.directory / "run.json")
@@ -90,9 +92,9 @@ def test_it_forgets_and_a_killed_run_goes_on_to_the_same_bytes(forgetting, start
 
     monkeypatch.setattr(Client, "fit", cut)
     with pytest.raises(KilledError):
-        run(forgetting(tmp_path / "cut", recipe))
+        run(forgetting(tmp_path / "cut", recipe, RECIPES[recipe]))
     monkeypatch.undo()
-    again = run(dataclasses.replace(forgetting(tmp_path / "cut", recipe), resume=True))
+    again = run(dataclasses.replace(forgetting(tmp_path / "cut", recipe, RECIPES[recipe]), resume=True))
     assert digest(again.directory) == digest(result.directory)
 
 
@@ -158,3 +160,61 @@ def test_pga_stops_where_the_target_is_far_from_what_it_sent(forgetting, tmp_pat
     assert [stops for _, _, stops in found] == [False] * (len(found) - 1) + [True] and 1 < len(found) < 10
     assert all(away <= ball.reach for _, away, stops in found if not stops) and found[-1][1] > ball.reach
     assert result.records[0].metrics["client_4"]["steps"] == len(found)
+
+
+def test_fedosd_steps_around_the_others_and_does_not_come_back(forgetting, start, tmp_path, monkeypatch):
+    """Rounds in which every step is orthogonal to what the others sent, and a recovery that goes no nearer."""
+    found, around = [], fedosd.around
+
+    def spying(vector, others):
+        direction = around(vector, others)
+        found.append((direction, others))
+        return direction
+
+    monkeypatch.setattr(fedosd, "around", spying)
+    places = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state, records: places.append(state.adapter))
+    result = run(forgetting(tmp_path / "run", "fedosd", {"unlearn_rounds": 3, "lr": 10.0}, global_rounds=2))
+    assert [(r.phase, len(r.clients)) for r in result.records] == [("unlearn", 5)] * 3 + [("recover", 4)] * 2
+    assert len(found) == 3 + 2 * 4 and [len(others) for _, others in found[:3]] == [4] * 3
+    for direction, others in found:
+        assert max(abs(inner(direction, o)) / (norm(direction) * norm(o)) for o in others) < 1e-5
+    begin = read_tensors(start / "adapter_model.safetensors")
+    away = [norm(delta(place, begin)) for place in places]
+    assert 0 < away[2] <= away[3] <= away[4]
+    assert read_json(result.directory / "run.json")["warnings"] == [], "gradients are not judged as training"
+
+
+def test_fedosd_forgets_single_rows_and_several_targets_at_once(small_run, finetuned, tmp_path):
+    """Of a default partition: ``client_0`` keeps rows, and goes on with the others in the recovery."""
+    config = small_run(
+        "unlearn",
+        tmp_path / "run",
+        model_args={"pretrained_model_name_or_path": str(finetuned)},
+        method_args={"global_rounds": 1},
+        recipe=RecipeConfig("fedosd", {"unlearn_rounds": 2}),
+    )
+    result = run(config)
+    assert [set(r.clients) for r in result.records] == [{"client_0", "client_1", "client_2"}] * 3
+    assert all(m["steps"] == 1 for r in result.records[:2] for m in r.metrics.values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_clients_are_forgotten_at_once(forgetting, small_data, tmp_path, recipe):
+    """``client_3`` and ``client_4``: the last nine rows."""
+    shutil.copytree(small_data, tmp_path / "data")
+    rows = (small_data / "tofu" / "full.json").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, part in (("last", rows[9:]), ("first", rows[:9])):
+        (tmp_path / "data" / "tofu" / f"{name}.json").write_text("".join(part), encoding="utf-8")
+    config = forgetting(tmp_path / "run", recipe, RECIPES[recipe], target_client_idx="all")
+    data = dataclasses.replace(
+        config.data,
+        forget=dataclasses.replace(config.data.forget, name="last"),
+        retain=dataclasses.replace(config.data.retain, name="first"),
+    )
+    paths = dataclasses.replace(config.paths, data_dir=str(tmp_path / "data"))
+    result = run(dataclasses.replace(config, data=data, paths=paths))
+    assert read_json(result.directory / "run.json")["recipe"]["targets"] == ["client_3", "client_4"]
+    who = {"federaser": (), "pga": ("client_3", "client_4"), "fedosd": ("client_3", "client_4")}[recipe]
+    assert {c for c in result.records[0].clients if c in {"client_3", "client_4"}} == set(who)
+    assert result.records[-1].clients == ("client_0", "client_1", "client_2")

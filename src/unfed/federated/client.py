@@ -57,14 +57,15 @@ class Client:
         rows = TrainRows(self.data[client_id].splits)
         needs = work.objective.needs
         rows.require(work.rows, needs.splits, client_id)
+        local = self._local(work)
         plan = BatchPlan(
             rows=rows,
             driver=work.rows,
             needs=needs.splits,
-            batch_size=self.local.args.per_device_train_batch_size,
-            accumulation=self.local.args.gradient_accumulation_steps,
+            batch_size=local.args.per_device_train_batch_size,
+            accumulation=local.args.gradient_accumulation_steps,
             seed_path=("fit", task.phase.name if work.spread else task.round, client_id),
-            workers=self.local.args.dataloader_num_workers,
+            workers=local.args.dataloader_num_workers,
         )
         on_step, whole = self.on_step, Share(task.phase_round, task.phase.rounds)
         held = None if work.constraint is None else work.constraint.bind(self.local.model)
@@ -77,7 +78,7 @@ class Client:
             whole if work.spread else Share(),
             held,
         )
-        result = self._local(work).train(local_task, self._beside(work.objective, plan, adapter))
+        result = local.train(local_task, self._beside(work.objective, plan, adapter))
         self.curves.setdefault(task.phase.name, []).append(result.curve)
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
         return ClientUpdate(client_id, snapshot(self.local.model), result.num_examples, _finite(metrics))
