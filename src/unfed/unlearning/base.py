@@ -186,7 +186,8 @@ def unmet(recipe: Recipe, situation: Situation) -> list[str]:
     if wants.whole_clients and situation.keeping:
         found.append(
             f"{key}: removes whole clients, and {', '.join(situation.keeping)} would keep other rows; forget all of "
-            "that client's rows, or use recipe=retrain or recipe=local_then_recover, which forget single rows"
+            "that client's rows (fine-tuned with partition.target_shares=false it has no others), or use "
+            "recipe=retrain or recipe=local_then_recover, which forget single rows"
         )
     if wants.whole_clients and not situation.retainers:
         found.append(f"{key}: no client is left to train without {', '.join(situation.targets)}")
