@@ -86,6 +86,8 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
     if place is None or config.recipe is None:
         return config, None
     source, made = read_source(place)
+    named = (config.model.model_args.lora_model_path, config.model.model_args.pretrained_model_name_or_path)
+    source = replace(source, direct=place in {Path(n) for n in named if n is not None})
     if not recipe_of(config).demands.replay:
         return config, source
     assert config.trainer is not None
@@ -131,7 +133,7 @@ def refuse_unmet(config: RunConfig, situation: Situation) -> None:
 
 def announce(recipe: Recipe, plan: Plan, given: Ingredients, cost: Cost) -> dict[str, Any]:
     """Say what the recipe needs, costs and promises; the same for ``run.json``."""
-    source = given.situation.source
+    source, promise = given.situation.source, recipe.promise_for(given.situation)
     needs = [f"history={kind}" for kind in sorted(recipe.demands.history)]
     needs += ["the run directory of the fine-tuning"] if recipe.demands.source else []
     needs += [f"the forget rows, at {', '.join(given.targets)}"] if _asks_targets(plan) else []
@@ -140,13 +142,13 @@ def announce(recipe: Recipe, plan: Plan, given: Ingredients, cost: Cost) -> dict
         compared = ": " + cost.against(Cost(len(source.participants), source.client_steps, source.nbytes))
     say(f"recipe {recipe.name} needs: {'; '.join(needs) or 'nothing of the fine-tuning'}")
     say(f"  costs: {cost.words()}{compared}")
-    say(f"  promises ({recipe.promise.kind}): {recipe.promise.text}")
+    say(f"  promises ({promise.kind}): {promise.text}")
     return {
         "name": recipe.name,
         "settings": recipe.settings(),
         "needs": needs,
         "cost": cost,
-        "promise": recipe.promise,
+        "promise": promise,
         "targets": given.targets,
     }
 

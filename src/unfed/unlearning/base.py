@@ -20,7 +20,8 @@ class Source:
 
     ``participants`` are the clients of each round whose updates counted; ``client_steps`` and ``nbytes`` are what it
     cost (optimizer steps over all clients; bytes sent both ways). ``mean_step``: see
-    :attr:`unfed.aggregation.base.Aggregator.mean_step`.
+    :attr:`unfed.aggregation.base.Aggregator.mean_step`. ``direct``: the adapter that is to forget is its result, with
+    no unlearning in between.
     """
 
     directory: Path
@@ -30,6 +31,7 @@ class Source:
     aggregator: str
     mean_step: float | None
     kept: HistorySettings
+    direct: bool = True
 
     @property
     def history(self) -> History:
@@ -150,6 +152,11 @@ class Recipe(Hyperparameters):
         """What keeps this recipe from working here, beside its demands; each with the way out."""
         del situation
         return []
+
+    def promise_for(self, situation: Situation) -> Promise:
+        """What may be said of the result here; ``promise`` is what may be said anywhere."""
+        del situation
+        return self.promise
 
     def plan(self, given: Ingredients) -> Plan:
         """The order of work. Pure: the same ingredients give the same plan, so a resumed run may ask again."""
