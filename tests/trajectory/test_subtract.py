@@ -36,12 +36,12 @@ def whole_client(tmp_path_factory, small_data) -> PartitionConfig:
 
 @pytest.fixture(scope="module")
 def summed(tmp_path_factory, small_run, whole_client):
-    """Makes a fine-tuning of ``rounds`` rounds that kept its sums."""
+    """Makes a fine-tuning of ``rounds`` rounds that kept its sums; keywords are ``trainer.args``."""
 
-    def make(rounds: int, name: str = "ft", **more):
-        args = {"num_clients": None, "global_rounds": rounds} | more
+    def make(rounds: int, name: str = "ft", **args):
+        given = {"num_clients": None, "global_rounds": rounds}
         output = tmp_path_factory.mktemp(f"summed_{rounds}") / name
-        config = small_run("finetune", output, method_args=args, partition=whole_client)
+        config = small_run("finetune", output, args=args, method_args=given, partition=whole_client)
         return dataclasses.replace(config, history=HistoryConfig(("sums",)))
 
     return make
@@ -164,3 +164,59 @@ def test_several_clients_go_by_their_own_shares(small_run, two_rounds, tmp_path)
     assert distance(done, {n: adapter(two_rounds)[n] - own[0][n] - own[1][n] for n in done}) == 0
     with pytest.raises(ConfigError, match=r"renormalize=true takes one client, and client_0, client_1 are to go"):
         run(dataclasses.replace(config, recipe=RecipeConfig("subtract")))
+
+
+# --- distill ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def well_trained(summed) -> Path:
+    """Far enough from its start that there is something to teach."""
+    return run(summed(2, num_train_epochs=6)).directory
+
+
+@pytest.fixture(scope="module")
+def distilled(small_run, well_trained, tmp_path_factory):
+    """A run of the recipe, and the adapter that its clients took as the teacher. The small rows are alike (most share a
+    question's form), so the threshold is high: nothing but the same person's rows would reach it."""
+    seen = []
+
+    class Watched(Client):
+        def fit(self, task, adapter, client_id):
+            seen.append(self.reference.digest())
+            return super().fit(task, adapter, client_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unfed.app.runs.Client", Watched)
+        config = forgetting(small_run, well_trained, tmp_path_factory.mktemp("distilled") / "run", **DISTILL)
+        return run(config), set(seen)
+
+
+DISTILL = {"recipe": "distill", "rounds": 1, "distill_rounds": 2, "similarity": 0.9}
+
+
+def test_the_teacher_is_the_adapter_that_forgets_and_not_the_one_that_it_starts_from(distilled, well_trained):
+    result, teachers = distilled
+    assert teachers == {adapter(well_trained).digest()} != {result.records[0].adapter_before}
+
+
+def test_distillation_brings_the_start_nearer_to_the_teacher(distilled):
+    records = distilled[0].records
+    assert [r.phase for r in records] == ["distill", "distill", "recover"]
+    assert all(r.clients == ("client_1", "client_2") for r in records)
+    assert 0 < records[1].loss < records[0].loss
+    assert read_json(distilled[0].directory / "run.json")["recipe"]["promise"]["kind"] == "approximate"
+
+
+def test_a_resumed_distillation_ends_in_the_same_bytes(small_run, distilled, well_trained, tmp_path, monkeypatch):
+    cut = forgetting(small_run, well_trained, tmp_path / "cut", **DISTILL)
+    stopped(monkeypatch, cut, after=1)
+    resumed = run(dataclasses.replace(cut, resume=True)).directory
+    assert adapter(resumed).digest() == adapter(distilled[0].directory).digest()
+
+
+def test_rows_near_the_forget_rows_are_left_out_and_counted(small_run, two_rounds, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"recipe.similarity: every retain row is near the forget rows"):
+        run(forgetting(small_run, two_rounds, tmp_path / "none", **DISTILL | {"similarity": 0.001}))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "proxy rows: 12 of 12 retain rows are near the forget rows" in said

@@ -9,6 +9,7 @@ from typing import Any
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import build_aggregator
+from unfed.app.build import Rows
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, RunDir
 from unfed.app.schedules import finetune_schedule, ingredients_of
@@ -157,6 +158,27 @@ def _asks_targets(plan: Plan) -> bool:
     return any(w.rows == "forget" for phase in plan.schedule.phases for w in phase.work.values())
 
 
+def with_proxy(config: RunConfig, rows: Rows, clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
+    """The clients with split ``proxy``, where the recipe asks for one; how many rows it leaves out is said.
+
+    Raises ``ConfigError`` when it leaves none.
+    """
+    kept = recipe_of(config).proxy_rows(rows.forget, rows.retain) if config.mode == "unlearn" else None
+    if kept is None:
+        return dict(clients)
+    out = len(rows.retain) - len(kept)
+    say(
+        f"proxy rows: {out} of {len(rows.retain)} retain rows are near the forget rows and left out of the distillation"
+    )
+    if not kept:
+        near = "recipe.similarity: every retain row is near the forget rows, so there is nothing to distil on"
+        raise ConfigError([f"{near}; raise it, or use recipe=subtract"])
+    return {
+        c: replace(d, splits={**d.splits, "proxy": [e for e in d.splits["train"] if e.example_id in kept]})
+        for c, d in clients.items()
+    }
+
+
 def expected_cost(plan: Plan, clients: Mapping[str, ClientData], args: LoopArgs, adapter_bytes: int) -> Cost:
     """Of a plan, with every client in every round."""
     rows: dict[str, dict[Split, int]] = {
@@ -177,6 +199,7 @@ def plan_of(
     if config.mode == "finetune":
         return Plan(finetune_schedule(config, args, clients, rule)), {}
     recipe, given = recipe_of(config), ingredients_of(config, args, situation, rule, loaded)
+    given = replace(given, proxied=tuple(c for c, d in clients.items() if d.splits.get("proxy")))
     plan = recipe.plan(given)
     cost = expected_cost(plan, clients, args, given.start.nbytes)
     source = situation.source

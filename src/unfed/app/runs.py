@@ -150,7 +150,7 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
     with open_run(config) as directory:
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
-        clients = encode.encode_clients(config, loaded, rows, partition)
+        clients = recipes.with_proxy(config, rows, encode.encode_clients(config, loaded, rows, partition))
         rule = build.server_rule(config, loaded)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         schedule = plan.schedule
@@ -159,9 +159,12 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
             say(note)
         settings = resolved_settings(schedule, rule)
         show_schedule(schedule, settings)
-        start = plan.start or ServerState(0, snapshot(loaded.model))
-        client = Client(local, clients, start.adapter, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
+        opened = snapshot(loaded.model)
+        start = plan.start or ServerState(0, opened)
+        client = Client(local, clients, opened, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
         inputs = {"adapter": start.adapter.digest(), "base": loaded.fingerprint}
+        if plan.start is not None:
+            inputs["opened"] = opened.digest()
         identity["inputs"] = {**inputs, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)

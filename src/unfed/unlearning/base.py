@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from unfed.base.params import Hyperparameters
-from unfed.base.types import AdapterState, ServerState
+from unfed.base.types import AdapterState, Example, ServerState
 from unfed.federated.history import History, HistoryKind, HistorySettings
 from unfed.federated.schedule import Schedule, Work
 from unfed.objectives.base import Objective
+from unfed.objectives.proximal import Proximal
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Ingredients:
     """What a recipe works with: the situation, and what the opened model and the settings add to it.
 
     ``forget`` and ``retain`` are the objectives of unlearning and of plain training. ``start`` is the adapter that the
-    run opened, ``scaling`` alpha/r (or alpha/sqrt r) of each LoRA module.
+    run opened, ``scaling`` alpha/r (or alpha/sqrt r) of each LoRA module. ``proxied`` own rows of split ``proxy``.
     """
 
     situation: Situation
@@ -76,6 +77,7 @@ class Ingredients:
     start: AdapterState = field(default_factory=lambda: AdapterState({}))
     scaling: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    proxied: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -92,6 +94,10 @@ class Ingredients:
         """What the fine-tuning kept; a recipe that uses it names it in its :class:`Demands`."""
         assert self.situation.source is not None
         return self.situation.source.history
+
+    def as_retain(self, objective: Objective) -> Objective:
+        """``objective`` with what the server's rule adds to every client's loss (FedProx)."""
+        return replace(self.retain, inner=objective) if isinstance(self.retain, Proximal) else objective
 
     def retain_work(self, clients: Sequence[str] | None = None) -> dict[str, Work]:
         """Plain training of ``clients`` (of all retainers) on their retain rows."""
@@ -152,6 +158,11 @@ class Recipe(Hyperparameters):
         """What keeps this recipe from working here, beside its demands; each with the way out."""
         del situation
         return []
+
+    def proxy_rows(self, forget: Sequence[Example], retain: Sequence[Example]) -> frozenset[str] | None:
+        """Ids of the retain rows that make up split ``proxy``; ``None`` where the recipe has no use for one."""
+        del forget, retain
+        return None
 
     def promise_for(self, situation: Situation) -> Promise:
         """What may be said of the result here; ``promise`` is what may be said anywhere."""

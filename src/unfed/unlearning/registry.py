@@ -9,13 +9,14 @@ from typing import Any
 from unfed.base import params as hyper
 from unfed.base.errors import ConfigError, nearest
 from unfed.unlearning.base import Recipe
+from unfed.unlearning.distill import DistillRecipe
 from unfed.unlearning.interleaved import Interleaved
 from unfed.unlearning.local_then_recover import LocalThenRecover
 from unfed.unlearning.retrain import Retrain, Rollback
 from unfed.unlearning.subtract import Subtract
 
 RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
-    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, Subtract)}
+    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, Subtract, DistillRecipe)}
 )
 
 
