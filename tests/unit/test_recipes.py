@@ -9,6 +9,7 @@ from unfed.config.schema import RECIPES as NAMES
 from unfed.federated.schedule import Participation, Phase, Schedule, Work
 from unfed.objectives.nll import NLL
 from unfed.objectives.npo import NPO
+from unfed.objectives.proximal import Proximal
 from unfed.unlearning.base import Ingredients, Situation
 from unfed.unlearning.cost import Cost, cost_of, steps_of
 from unfed.unlearning.finetune import finetune
@@ -88,6 +89,11 @@ def test_a_flag_is_true_or_false():
     for value in ("yes", 1, None):
         with pytest.raises(ConfigError, match=r"recipe.renormalize: must be true or false, not"):
             build_recipe("subtract", {"renormalize": value})
+
+
+def test_what_the_rule_adds_to_a_clients_loss_is_added_to_another_objective_too():
+    assert given(retain=Proximal(NLL(), 0.1)).as_retain(NPO()) == Proximal(NPO(), 0.1)
+    assert given().as_retain(NPO()) == NPO()
 
 
 def test_cost_counts_steps_and_bytes_both_ways():

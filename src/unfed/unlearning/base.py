@@ -11,6 +11,7 @@ from unfed.base.params import Hyperparameters
 from unfed.base.types import AdapterState, Example, ServerState
 from unfed.federated.history import History, HistoryKind, HistorySettings
 from unfed.federated.schedule import Schedule, Work
+from unfed.federated.shards import Shard
 from unfed.objectives.base import Objective
 from unfed.objectives.proximal import Proximal
 
@@ -21,8 +22,8 @@ class Source:
 
     ``participants`` are the clients of each round whose updates counted; ``client_steps`` and ``nbytes`` are what it
     cost (optimizer steps over all clients; bytes sent both ways). ``mean_step``: see
-    :attr:`unfed.aggregation.base.Aggregator.mean_step`. ``direct``: the adapter that is to forget is its result, with
-    no unlearning in between.
+    :attr:`unfed.aggregation.base.Aggregator.mean_step`. ``opened`` is the
+    directory of the adapter that is to forget, where an unlearning lies between that and the fine-tuning.
     """
 
     directory: Path
@@ -32,7 +33,17 @@ class Source:
     aggregator: str
     mean_step: float | None
     kept: HistorySettings
-    direct: bool = True
+    opened: Path | None = None
+
+    @property
+    def direct(self) -> bool:
+        """Whether the adapter that is to forget is the fine-tuning's result."""
+        return self.opened is None
+
+    @property
+    def adapter(self) -> Path:
+        """The directory of the adapter that is to forget."""
+        return self.opened or self.directory
 
     @property
     def history(self) -> History:
@@ -66,6 +77,7 @@ class Ingredients:
 
     ``forget`` and ``retain`` are the objectives of unlearning and of plain training. ``start`` is the adapter that the
     run opened, ``scaling`` alpha/r (or alpha/sqrt r) of each LoRA module. ``proxied`` own rows of split ``proxy``.
+    ``rows``: the ids of every client's rows that are to be trained on.
     """
 
     situation: Situation
@@ -78,6 +90,7 @@ class Ingredients:
     scaling: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     proxied: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -106,12 +119,21 @@ class Ingredients:
 
 
 @dataclass(frozen=True)
+class Isolation:
+    """Shards to be served together: those to be trained, one a phase of the schedule, and those that are kept."""
+
+    again: tuple[Shard, ...]
+    kept: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The order of work, and the server's state that it starts from (``None``: the adapter that the run opened, before
-    the first round)."""
+    the first round). With ``isolation`` every phase starts from it anew."""
 
     schedule: Schedule
     start: ServerState | None = None
+    isolation: Isolation | None = None
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from unfed.base.errors import ConfigError, nearest
 from unfed.unlearning.base import Recipe
 from unfed.unlearning.distill import DistillRecipe
 from unfed.unlearning.interleaved import Interleaved
+from unfed.unlearning.isolated import Isolated
 from unfed.unlearning.local_then_recover import LocalThenRecover
 from unfed.unlearning.retrain import Retrain, Rollback
 from unfed.unlearning.subtract import Subtract
 
 RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
-    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, Subtract, DistillRecipe)}
+    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, Subtract, DistillRecipe, Isolated)}
 )
 
 
