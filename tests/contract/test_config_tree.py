@@ -8,6 +8,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from unfed.aggregation.registry import AGGREGATORS
+from unfed.base.errors import ConfigError
 from unfed.base.params import hyperparameters
 from unfed.config import schema
 from unfed.config.compat import resolve
@@ -175,3 +176,19 @@ def test_every_experiment_passes_and_leaves_the_model_to_the_command_line(experi
 
 def test_the_quickstarts_configuration_passes():
     assert resolve([], "quickstart.yaml").data.train.path == "fictional"
+
+
+def test_a_fine_tuning_in_shards_is_chosen_by_name():
+    argv = ["experiment=finetune/tofu/default", "recipe=isolated", "recipe.shards=2", "task_name=t"]
+    config = resolve(argv, "train-lora.yaml")
+    assert (config.recipe.name, dict(config.recipe.params)) == ("isolated", {"shards": 2})
+    with pytest.raises(ConfigError, match=r"recipe=retrain: fine-tuning forgets nothing; leave it out"):
+        resolve(["experiment=finetune/tofu/default", "recipe=retrain", "task_name=t"], "train-lora.yaml")
+    assert resolve(["experiment=finetune/tofu/default", "task_name=t"], "train-lora.yaml").recipe is None
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_file_gives_the_recipes_own_defaults(name):
+    given = read(f"recipe/{name}.yaml")
+    assert given.pop("name") == name
+    assert given == hyperparameters(RECIPES[name])

@@ -90,7 +90,7 @@ def test_phases_and_a_tracker(from_finetuned, data, tmp_path):
 
 def test_a_resumed_run_keeps_what_was_found(small_run, data, tmp_path, monkeypatch):
     whole = run(given(small_run("finetune", tmp_path / "whole"), data, "round"))
-    advance = federated_rounds._advance
+    advance = federated_rounds._finish
 
     def stop_at_two(task, *rest):
         if task.round == 1:
@@ -98,7 +98,7 @@ def test_a_resumed_run_keeps_what_was_found(small_run, data, tmp_path, monkeypat
         return advance(task, *rest)
 
     cut = given(small_run("finetune", tmp_path / "cut"), data, "round")
-    monkeypatch.setattr(federated_rounds, "_advance", stop_at_two)
+    monkeypatch.setattr(federated_rounds, "_finish", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
         run(cut)
     monkeypatch.undo()

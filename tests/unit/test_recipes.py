@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from unfed.base.errors import UnfedError
+from unfed.base.errors import ConfigError, UnfedError
 from unfed.config.schema import RECIPES as NAMES
 from unfed.federated.schedule import Participation, Phase, Schedule, Work
 from unfed.objectives.nll import NLL
 from unfed.objectives.npo import NPO
+from unfed.objectives.proximal import Proximal
 from unfed.unlearning.base import Ingredients, Situation
 from unfed.unlearning.cost import Cost, cost_of, steps_of
 from unfed.unlearning.finetune import finetune
@@ -83,6 +84,18 @@ def test_every_recipe_has_its_name_and_says_what_it_promises():
         assert build_recipe(name, {}).name == name and cls.promise.text and cls.__doc__
 
 
+def test_a_flag_is_true_or_false():
+    assert build_recipe("subtract", {"renormalize": False}).settings() == {"renormalize": False}
+    for value in ("yes", 1, None):
+        with pytest.raises(ConfigError, match=r"recipe.renormalize: must be true or false, not"):
+            build_recipe("subtract", {"renormalize": value})
+
+
+def test_what_the_rule_adds_to_a_clients_loss_is_added_to_another_objective_too():
+    assert given(retain=Proximal(NLL(), 0.1)).as_retain(NPO()) == Proximal(NPO(), 0.1)
+    assert given().as_retain(NPO()) == NPO()
+
+
 def test_cost_counts_steps_and_bytes_both_ways():
     """Unlearning: 6 epochs of ceil(5/4) = 2 steps. Three rounds: 2 epochs of 1, 2 and 3 steps. 8 bytes, both ways."""
     rows = {"client_0": {"forget": 5, "train": 4}, "client_1": {"train": 8}, "client_2": {"train": 9}}
@@ -110,8 +123,8 @@ def test_the_table_says_who_does_what():
     ]
 
 
-def test_an_empty_schedule_is_refused():
-    for phases in ((), (Phase("p", 0, {"a": Work("train", NLL(), 1)}),), (Phase("p", 1, {}),)):
+def test_an_empty_phase_is_refused():
+    for phases in ((Phase("p", 0, {"a": Work("train", NLL(), 1)}),), (Phase("p", 1, {}),)):
         with pytest.raises(ValueError, match="a round and a client at least"):
             Schedule(phases)
 

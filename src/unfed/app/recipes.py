@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unfed.aggregation.base import Aggregator, WeightedMean
 from unfed.aggregation.registry import build_aggregator
+from unfed.app.build import Rows
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, RunDir
 from unfed.app.schedules import finetune_schedule, ingredients_of
-from unfed.base.artifacts import read_json
+from unfed.base.artifacts import digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
-from unfed.base.types import ServerState, Split
+from unfed.base.types import AdapterState, ServerState, Split
 from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
 from unfed.config.shape import validate
 from unfed.data.partition import Partition
@@ -26,6 +27,7 @@ from unfed.models.load import LoadedModel
 from unfed.training.args import LoopArgs
 from unfed.unlearning.base import Ingredients, Plan, Recipe, Situation, Source, unmet
 from unfed.unlearning.cost import Cost, cost_of
+from unfed.unlearning.isolated import Isolated
 from unfed.unlearning.registry import build_recipe
 
 FROM_THE_FINE_TUNING = ("global_rounds", "fraction_fit", "min_clients", "lr_schedule")
@@ -42,17 +44,25 @@ def recipe_of(config: RunConfig) -> Recipe:
 
 def source_directory(config: RunConfig) -> Path | None:
     """The run directory of the fine-tuning that the adapter comes from, through all unlearning runs in between."""
-    args = config.model.model_args
-    for named in (args.lora_model_path, args.pretrained_model_name_or_path):
-        place = Path(named) if named is not None else None
-        if place is None or not (place / RUN_FILE).is_file():
-            continue
-        record = read_json(place / RUN_FILE)
+    for place, record in _named_runs(config):
         if record.get("mode") == "finetune":
             return place
         if record.get("mode") == "unlearn" and (source := record.get("source")) is not None:
             return Path(source) if (Path(source) / RUN_FILE).is_file() else None
     return None
+
+
+def opened_run(config: RunConfig) -> Path | None:
+    """The run directory of the adapter that is to forget."""
+    modes = ("finetune", "unlearn")
+    return next((place for place, record in _named_runs(config) if record.get("mode") in modes), None)
+
+
+def _named_runs(config: RunConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
+    args = config.model.model_args
+    for named in (args.lora_model_path, args.pretrained_model_name_or_path):
+        if named is not None and (Path(named) / RUN_FILE).is_file():
+            yield Path(named), read_json(Path(named) / RUN_FILE)
 
 
 def read_source(place: Path) -> tuple[Source, RunConfig]:
@@ -87,7 +97,15 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
     if place is None or config.recipe is None:
         return config, None
     source, made = read_source(place)
-    if not recipe_of(config).demands.replay:
+    opened = opened_run(config)
+    source = replace(source, opened=opened if opened != place else None)
+    demands = recipe_of(config).demands
+    if demands.source and made.recipe is not None and config.recipe.name != made.recipe.name:
+        raise UnfedError(
+            f"recipe={config.recipe.name}: {place} was fine-tuned in isolated shards; use recipe=isolated (exact), or "
+            "recipe=local_then_recover"
+        )
+    if not demands.replay:
         return config, source
     assert config.trainer is not None
     if made.mode != "finetune" or made.trainer is None or made.data.train is None:
@@ -132,7 +150,7 @@ def refuse_unmet(config: RunConfig, situation: Situation) -> None:
 
 def announce(recipe: Recipe, plan: Plan, given: Ingredients, cost: Cost) -> dict[str, Any]:
     """Say what the recipe needs, costs and promises; the same for ``run.json``."""
-    source = given.situation.source
+    source, promise = given.situation.source, recipe.promise_for(given.situation)
     needs = [f"history={kind}" for kind in sorted(recipe.demands.history)]
     needs += ["the run directory of the fine-tuning"] if recipe.demands.source else []
     needs += [f"the forget rows, at {', '.join(given.targets)}"] if _asks_targets(plan) else []
@@ -141,19 +159,40 @@ def announce(recipe: Recipe, plan: Plan, given: Ingredients, cost: Cost) -> dict
         compared = ": " + cost.against(Cost(len(source.participants), source.client_steps, source.nbytes))
     say(f"recipe {recipe.name} needs: {'; '.join(needs) or 'nothing of the fine-tuning'}")
     say(f"  costs: {cost.words()}{compared}")
-    say(f"  promises ({recipe.promise.kind}): {recipe.promise.text}")
+    say(f"  promises ({promise.kind}): {promise.text}")
     return {
         "name": recipe.name,
         "settings": recipe.settings(),
         "needs": needs,
         "cost": cost,
-        "promise": recipe.promise,
+        "promise": promise,
         "targets": given.targets,
     }
 
 
 def _asks_targets(plan: Plan) -> bool:
     return any(w.rows == "forget" for phase in plan.schedule.phases for w in phase.work.values())
+
+
+def with_proxy(config: RunConfig, rows: Rows, clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
+    """The clients with split ``proxy``, where the recipe asks for one; how many rows it leaves out is said.
+
+    Raises ``ConfigError`` when it leaves none.
+    """
+    kept = recipe_of(config).proxy_rows(rows.forget, rows.retain) if config.mode == "unlearn" else None
+    if kept is None:
+        return dict(clients)
+    out = len(rows.retain) - len(kept)
+    say(
+        f"proxy rows: {out} of {len(rows.retain)} retain rows are near the forget rows and left out of the distillation"
+    )
+    if not kept:
+        near = "recipe.similarity: every retain row is near the forget rows, so there is nothing to distil on"
+        raise ConfigError([f"{near}; raise it, or use recipe=subtract"])
+    return {
+        c: replace(d, splits={**d.splits, "proxy": [e for e in d.splits["train"] if e.example_id in kept]})
+        for c, d in clients.items()
+    }
 
 
 def expected_cost(plan: Plan, clients: Mapping[str, ClientData], args: LoopArgs, adapter_bytes: int) -> Cost:
@@ -173,14 +212,32 @@ def plan_of(
     loaded: LoadedModel,
 ) -> tuple[Plan, dict[str, Any]]:
     """The order of work, and what is to be recorded of it."""
-    if config.mode == "finetune":
+    if config.mode == "finetune" and config.recipe is None:
         return Plan(finetune_schedule(config, args, clients, rule)), {}
     recipe, given = recipe_of(config), ingredients_of(config, args, situation, rule, loaded)
+    given = replace(
+        given,
+        proxied=tuple(c for c, d in clients.items() if d.splits.get("proxy")),
+        rows={c: tuple(dict.fromkeys(e.example_id for e in d.splits["train"])) for c, d in clients.items()},
+    )
+    if config.mode == "finetune":
+        assert isinstance(recipe, Isolated)
+        return recipe.first(given), {}
     plan = recipe.plan(given)
     cost = expected_cost(plan, clients, args, given.start.nbytes)
     source = situation.source
     notes = {"recipe": announce(recipe, plan, given, cost)}
     return plan, notes | ({"source": str(source.directory)} if source else {})
+
+
+def adapters_of(plan: Plan, opened: AdapterState) -> dict[str, str]:
+    """Digests of the adapters that a plan works with: a resumed run must have the same."""
+    if plan.start is not None:
+        return {"adapter": plan.start.adapter.digest(), "opened": opened.digest()}
+    if plan.isolation is not None:
+        shards = [[s.index, s.rows] for s in (*plan.isolation.again, *plan.isolation.kept)]
+        return {"adapter": opened.digest(), "shards": digest_json(shards)}
+    return {"adapter": opened.digest()}
 
 
 def keep_history(

@@ -18,6 +18,7 @@ from unfed.base.artifacts import LOCK_NAME, RUN_FILE, read_json, remove_leftover
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import RunConfig
 from unfed.federated.checkpoint import Checkpoints
+from unfed.federated.shards import SHARDS_DIR
 
 PARTITION_FILE = "partition.json"
 TRAIN_ROWS_FILE = "train_rows.json"
@@ -113,7 +114,7 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
     except OSError as e:
         raise ArtifactError(f"cannot make the output directory {path}: {e.strerror or e}") from e
     with run_lock(path):
-        for place in (path, path / "checkpoints"):
+        for place in (path, path / "checkpoints", path / SHARDS_DIR):
             remove_leftovers(place)
         run = RunDir(config, _history(path) if config.resume else {})
         run.note(**({"set_aside": str(aside)} if aside else {}), **({"resumed": _now()} if config.resume else {}))

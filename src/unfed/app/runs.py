@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unfed.app import build, encode, methods, recipes
+from unfed.app import build, encode, isolated, methods, recipes
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -38,7 +38,7 @@ from unfed.data.partition import Partition
 from unfed.evaluation.runner import EvalResult
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
-from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
+from unfed.federated.rounds import RoundsConfig, RunKeeper
 from unfed.federated.transport import InProcess
 from unfed.models.adapter import save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
@@ -145,30 +145,30 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
     """Fine-tune or unlearn over the schedule, save, evaluate. ``source``: see :func:`unfed.app.recipes.settled`."""
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
-    identity = training_identity(config)
     rows, partition, where, situation = _prepared(config, source)
     with open_run(config) as directory:
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
-        clients = encode.encode_clients(config, loaded, rows, partition)
+        clients = recipes.with_proxy(config, rows, encode.encode_clients(config, loaded, rows, partition))
         rule = build.server_rule(config, loaded)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         schedule = plan.schedule
         local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
         for note in filter(None, (local.optim_note, f"partition: {where}")):
             say(note)
-        settings = resolved_settings(schedule, rule)
-        show_schedule(schedule, settings)
-        start = plan.start or ServerState(0, snapshot(loaded.model))
-        client = Client(local, clients, start.adapter, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
-        inputs = {"adapter": start.adapter.digest(), "base": loaded.fingerprint}
-        identity["inputs"] = {**inputs, "rows": rows.digest(), "partition": digest_json(partition.clients)}
+        show_schedule(schedule, settings := resolved_settings(schedule, rule))
+        opened = snapshot(loaded.model)
+        start = plan.start or ServerState(0, opened)
+        trained = isolated.limited(plan, situation, clients, start.adapter)
+        client = Client(local, trained, opened, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
+        inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
+        identity = {**training_identity(config), "inputs": {**inputs, **recipes.adapters_of(plan, opened)}}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
         partition.write(directory.path / PARTITION_FILE)
         probe = probe_forget_loss(local, clients, situation.targets, loaded)
-        base = {"base": loaded.base, "base_fingerprint": loaded.fingerprint}
-        directory.note(schedule=schedule.table(), settings=settings, **base, **probe, **notes)
+        notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint, **probe}
+        directory.note(schedule=schedule.table(), settings=settings, **notes)
         with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
             reporter = Reporter(schedule, state.round, track)
             between = RoundEvaluation(config, loaded, schedule, clients, args.eval_strategy, track)
@@ -178,13 +178,16 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
             keeper.history = recipes.keep_history(config, directory, rule, schedule, state)
             try:
                 between.begin(state, directory)
-                state = run_rounds(schedule, InProcess(client.fit), rule, state, rounds, keeper)
+                follow = isolated.runner(plan, start.adapter, directory.path)
+                state = follow(InProcess(client.fit), rule, state, rounds, keeper)
             except UnfedError as e:
                 advise(e, schedule, len(keeper.records))
                 raise
             finally:
                 reporter.close()
         warnings = [*warnings_of(schedule, client, keeper.records), *left_out(schedule, keeper.records)]
+        if plan.isolation is not None:
+            loaded, local, state = isolated.joined(plan, rule, situation, directory.path, (loaded, local))
         _save(directory, loaded, local, state, clients, rows)
         directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
         result = _evaluate_after(config, loaded, directory)

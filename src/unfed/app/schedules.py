@@ -36,13 +36,15 @@ def finetune_schedule(
 def ingredients_of(
     config: RunConfig, args: LoopArgs, situation: Situation, rule: Aggregator, loaded: LoadedModel
 ) -> Ingredients:
-    """What a recipe makes its plan from. FedProx's proximal term goes around every client's objective."""
+    """What a recipe makes its plan from. FedProx's proximal term goes around every client's objective. A fine-tuning
+    has no method: its ``forget`` is plain training, too."""
     assert config.trainer is not None
     given = config.trainer.method_args
+    plain = _proximal(NLL(), rule)
     return Ingredients(
         situation=situation,
-        forget=_proximal(unlearning_objective(config), rule),
-        retain=_proximal(NLL(), rule),
+        forget=plain if config.mode == "finetune" else _proximal(unlearning_objective(config), rule),
+        retain=plain,
         unlearn_epochs=given.unlearn_epochs if given.unlearn_epochs is not None else args.num_train_epochs,
         local_epochs=args.num_train_epochs,
         global_rounds=given.global_rounds if is_federated(config) else 0,

@@ -1,7 +1,8 @@
 """Hyperparameters as dataclass fields that know their own limits.
 
-``objectives`` and ``aggregation`` declare their hyperparameters with :func:`number`, :func:`choice` and
-:func:`pattern`; the border to the configuration asks :func:`problems` before anything is built.
+``objectives``, ``aggregation`` and ``unlearning`` declare their hyperparameters with :func:`number`, :func:`whole`,
+:func:`choice`, :func:`flag` and :func:`pattern`; the border to the configuration asks :func:`problems` before anything
+is built.
 """
 
 from __future__ import annotations
@@ -89,6 +90,15 @@ class PatternRule:
         return None
 
 
+@dataclass(frozen=True)
+class FlagRule:
+    """True or false."""
+
+    def complaint(self, value: object) -> str | None:
+        """Why ``value`` is refused, or ``None``."""
+        return None if isinstance(value, bool) else f"must be true or false, not {value!r}"
+
+
 def number(
     default: float,
     *,
@@ -104,6 +114,11 @@ def number(
 def whole(default: int, *, at_least: int | None = None) -> Any:
     """A dataclass field for a hyperparameter that counts something."""
     return field(default=default, metadata={_KEY: NumberRule(at_least=at_least, whole=True)})
+
+
+def flag(default: bool) -> Any:
+    """A dataclass field for a hyperparameter that is true or false."""
+    return field(default=default, metadata={_KEY: FlagRule()})
 
 
 def choice(default: str | None, choices: tuple[str | None, ...]) -> Any:

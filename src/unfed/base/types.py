@@ -14,9 +14,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the convention of torch and transformers)."""
 
-Split = Literal["train", "forget", "retain", "alternate"]
+Split = Literal["train", "forget", "retain", "alternate", "proxy"]
 """What a batch is for. ``train`` is plain (or recovery) training; ``alternate`` pairs each forget
-question with another answer (a refusal, say)."""
+question with another answer (a refusal, say); ``proxy`` are rows away from the forget topic, to distil on."""
 
 
 class AdapterState(Mapping[str, Tensor]):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from unfed.base.errors import nearest
 from unfed.config.checks_eval import evaluation_settings, metric_names
+from unfed.config.checks_recipe import recipe_settings
 from unfed.config.schema import (
     AGGREGATORS,
     FEDERATED_TRAINERS,
@@ -110,8 +111,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"method: unlearning needs one{nearest('', METHODS)}"
     elif config.mode == "finetune" and config.method is not None:
         yield f"method={config.method.name}: fine-tuning has no unlearning method; leave it out"
-    elif config.mode == "finetune" and config.recipe is not None:
-        yield f"recipe={config.recipe.name}: fine-tuning forgets nothing; leave it out"
+    elif config.mode == "finetune" and config.recipe is not None and config.recipe.name != "isolated":
+        yield f"recipe={config.recipe.name}: fine-tuning forgets nothing; leave it out, or take recipe=isolated"
     elif handler in METHODS and config.method is not None and config.method.name != handler:
         yield f"trainer={handler} and method={config.method.name} contradict each other: name one method"
     if handler in everyone and handler not in FEDERATED_TRAINERS:
@@ -156,19 +157,6 @@ def _wrapper(config: RunConfig) -> Iterator[str]:
                 f"wrapper={name}: adds up gradients of several backward passes, which fp16's loss scaling would spoil; "
                 "use trainer.args.bf16=true"
             )
-
-
-def _recipe(config: RunConfig) -> Iterator[str]:
-    trainer = config.trainer
-    if trainer is None or trainer.handler not in FEDERATED_TRAINERS:
-        return
-    given = trainer.method_args.schedule
-    if config.mode == "unlearn" and config.recipe is None:
-        yield f"recipe: federated unlearning needs one{nearest('', RECIPES)}"
-    elif config.recipe is not None and given not in {None, config.recipe.name}:
-        yield f"trainer.method_args.schedule={given} contradicts recipe={config.recipe.name}"
-    if config.history.every < 1:
-        yield f"history.every={config.history.every}: must be at least 1"
 
 
 def _federation(config: RunConfig) -> Iterator[str]:
@@ -291,4 +279,14 @@ def _limits(config: RunConfig) -> Iterator[str]:
         yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
 
 
-CHECKS = (_trainer, _wrapper, _recipe, _federation, _lora, _data, alternate_problems, _limits, evaluation_settings)
+CHECKS = (
+    _trainer,
+    _wrapper,
+    recipe_settings,
+    _federation,
+    _lora,
+    _data,
+    alternate_problems,
+    _limits,
+    evaluation_settings,
+)

@@ -15,7 +15,18 @@ from unfed.objectives import names
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = tuple(names.METHODS)
-RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback", "federaser", "pga", "fedosd")
+RECIPES = (
+    "local_then_recover",
+    "interleaved",
+    "retrain",
+    "rollback",
+    "federaser",
+    "pga",
+    "fedosd",
+    "subtract",
+    "distill",
+    "isolated",
+)
 WRAPPERS = ("SAM", "GRU", "EWC")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 

@@ -34,8 +34,8 @@ class ClientData:
 class Client:
     """Runs the tasks of every client on one model, one after the other.
 
-    ``reference`` is the adapter that unlearning starts from: the frozen policy of NPO and of the KL retain loss, held
-    once for all clients (``None``: the first adapter that a task needs one for).
+    ``reference`` is the adapter that the run opened: the frozen policy of NPO and of the KL retain loss, and a recipe's
+    teacher, held once for all clients (``None``: the first adapter that a task needs one for).
     ``lr_per_phase``: the learning-rate schedule spans a phase's rounds; else it starts anew in each. ``curves`` keeps
     the loss of every step by phase, one tuple for each fit.
     """

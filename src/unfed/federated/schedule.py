@@ -90,12 +90,12 @@ class FitTask:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All phases of a run, in order."""
+    """All phases of a run, in order; none where the server alone acts."""
 
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
-        if not self.phases or any(p.rounds < 1 or not p.work for p in self.phases):
+        if any(p.rounds < 1 or not p.work for p in self.phases):
             raise ValueError("every phase of a schedule has a round and a client at least")
 
     @property

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from unfed.aggregation.base import Weighting
 from unfed.base.params import Hyperparameters
-from unfed.base.types import AdapterState, ServerState
+from unfed.base.types import AdapterState, Example, ServerState
 from unfed.federated.history import History, HistoryKind, HistorySettings
 from unfed.federated.schedule import Schedule, Work
+from unfed.federated.shards import Shard
 from unfed.objectives.base import Objective
+from unfed.objectives.proximal import Proximal
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Source:
 
     ``participants`` are the clients of each round whose updates counted; ``client_steps`` and ``nbytes`` are what it
     cost (optimizer steps over all clients; bytes sent both ways). ``mean_step``: see
-    :attr:`unfed.aggregation.base.Aggregator.mean_step`. ``weighting``: of the clients in the server's mean.
+    :attr:`unfed.aggregation.base.Aggregator.mean_step`. ``weighting``: of the clients in the server's mean. ``opened``
+    is the directory of the adapter that is to forget, where an unlearning lies between that and the fine-tuning.
     """
 
     directory: Path
@@ -32,10 +35,21 @@ class Source:
     mean_step: float | None
     kept: HistorySettings
     weighting: Weighting = "examples"
+    opened: Path | None = None
 
     def weight(self, num_examples: int) -> float:
         """A client's weight in the server's mean, before the weights are divided by their sum."""
         return float(num_examples) if self.weighting == "examples" else 1.0
+
+    @property
+    def direct(self) -> bool:
+        """Whether the adapter that is to forget is the fine-tuning's result."""
+        return self.opened is None
+
+    @property
+    def adapter(self) -> Path:
+        """The directory of the adapter that is to forget."""
+        return self.opened or self.directory
 
     @property
     def history(self) -> History:
@@ -68,7 +82,8 @@ class Ingredients:
     """What a recipe works with: the situation, and what the opened model and the settings add to it.
 
     ``forget`` and ``retain`` are the objectives of unlearning and of plain training. ``start`` is the adapter that the
-    run opened, ``scaling`` alpha/r (or alpha/sqrt r) of each LoRA module.
+    run opened, ``scaling`` alpha/r (or alpha/sqrt r) of each LoRA module. ``proxied`` own rows of split ``proxy``.
+    ``rows``: the ids of every client's rows that are to be trained on.
     """
 
     situation: Situation
@@ -80,6 +95,8 @@ class Ingredients:
     start: AdapterState = field(default_factory=lambda: AdapterState({}))
     scaling: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    proxied: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -97,6 +114,10 @@ class Ingredients:
         assert self.situation.source is not None
         return self.situation.source.history
 
+    def as_retain(self, objective: Objective) -> Objective:
+        """``objective`` with what the server's rule adds to every client's loss (FedProx)."""
+        return replace(self.retain, inner=objective) if isinstance(self.retain, Proximal) else objective
+
     def retain_work(self, clients: Sequence[str] | None = None) -> dict[str, Work]:
         """Plain training of ``clients`` (of all retainers) on their retain rows."""
         chosen = self.retainers if clients is None else clients
@@ -104,12 +125,21 @@ class Ingredients:
 
 
 @dataclass(frozen=True)
+class Isolation:
+    """Shards to be served together: those to be trained, one a phase of the schedule, and those that are kept."""
+
+    again: tuple[Shard, ...]
+    kept: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The order of work, and the server's state that it starts from (``None``: the adapter that the run opened, before
-    the first round)."""
+    the first round). With ``isolation`` every phase starts from it anew."""
 
     schedule: Schedule
     start: ServerState | None = None
+    isolation: Isolation | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +186,16 @@ class Recipe(Hyperparameters):
         """What keeps this recipe from working here, beside its demands; each with the way out."""
         del situation
         return []
+
+    def proxy_rows(self, forget: Sequence[Example], retain: Sequence[Example]) -> frozenset[str] | None:
+        """Ids of the retain rows that make up split ``proxy``; ``None`` where the recipe has no use for one."""
+        del forget, retain
+        return None
+
+    def promise_for(self, situation: Situation) -> Promise:
+        """What may be said of the result here; ``promise`` is what may be said anywhere."""
+        del situation
+        return self.promise
 
     def plan(self, given: Ingredients) -> Plan:
         """The order of work. Pure: the same ingredients give the same plan, so a resumed run may ask again."""

@@ -9,15 +9,32 @@ from typing import Any
 from unfed.base import params as hyper
 from unfed.base.errors import ConfigError, nearest
 from unfed.unlearning.base import Recipe
+from unfed.unlearning.distill import DistillRecipe
 from unfed.unlearning.federaser import FedEraser
 from unfed.unlearning.fedosd import FedOSD
 from unfed.unlearning.interleaved import Interleaved
+from unfed.unlearning.isolated import Isolated
 from unfed.unlearning.local_then_recover import LocalThenRecover
 from unfed.unlearning.pga import PGA
 from unfed.unlearning.retrain import Retrain, Rollback
+from unfed.unlearning.subtract import Subtract
 
 RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
-    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, FedEraser, PGA, FedOSD)}
+    {
+        cls.title: cls
+        for cls in (
+            LocalThenRecover,
+            Interleaved,
+            Retrain,
+            Rollback,
+            FedEraser,
+            PGA,
+            FedOSD,
+            Subtract,
+            DistillRecipe,
+            Isolated,
+        )
+    }
 )
 
 
