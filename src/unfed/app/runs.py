@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unfed.app import build, encode, recipes
+from unfed.app import build, encode, recipes, second
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -32,7 +32,7 @@ from unfed.app.schedules import resolved_settings
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
-from unfed.base.types import ServerState
+from unfed.base.types import AdapterState, ServerState
 from unfed.config.schema import RunConfig
 from unfed.data.partition import Partition
 from unfed.evaluation.runner import EvalResult
@@ -40,8 +40,9 @@ from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
 from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
 from unfed.federated.transport import InProcess
-from unfed.models.adapter import save_adapter, snapshot
+from unfed.models.adapter import ADAPTER_NAME, save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
+from unfed.models.second import LEARNED
 from unfed.training import advice
 from unfed.training.args import LoopArgs, loop_args
 from unfed.training.loop import Local
@@ -106,10 +107,20 @@ def open_model(config: RunConfig, *, trainable: bool) -> LoadedModel:
     args = config.model.model_args
     if config.trainer is not None and config.trainer.args.get("use_cpu") and args.device_map is None:
         args = dataclasses.replace(args, device_map="cpu")
-    loaded = load_model(args, config.model.tokenizer_args, trainable=trainable, seed=config.seed)
+    recipe = recipes.recipe_of(config) if trainable and config.mode == "unlearn" else None
+    on_top = recipe is not None and recipe.demands.second_adapter
+    loaded = load_model(
+        args,
+        config.model.tokenizer_args,
+        trainable=trainable and not on_top,
+        seed=config.seed,
+        adapter_name=LEARNED if on_top else ADAPTER_NAME,
+    )
     for note in loaded.notes:
         say(note)
     _same_base(loaded)
+    if recipe is not None and on_top:
+        second.put_on(loaded, recipe, config.seed)
     return loaded
 
 
@@ -136,7 +147,7 @@ def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Par
         return rows, partition, where, Situation((), ())
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
     situation = recipes.situation_of(partition, {e["id"] for e in rows.retain}, targets, source)
-    recipes.refuse_unmet(config, situation)
+    recipes.refuse_unmet(config, dataclasses.replace(situation, no_lora=second.without_lora(config)))
     return rows, partition, where, situation
 
 
@@ -160,7 +171,7 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
         show_schedule(schedule, settings)
         start = plan.start or ServerState(0, snapshot(loaded.model))
         client = Client(local, clients, start.adapter, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
-        inputs = {"adapter": start.adapter.digest(), "base": loaded.fingerprint}
+        inputs = {"adapter": start.adapter.digest(), "base": loaded.fingerprint, **second.inputs(loaded)}
         identity["inputs"] = {**inputs, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
@@ -184,8 +195,9 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
             finally:
                 reporter.close()
         warnings = [*warnings_of(schedule, client, keeper.records), *left_out(schedule, keeper.records)]
-        _save(directory, loaded, local, state, clients, rows)
-        directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
+        loaded, local, adapter = second.finish(directory, loaded, local, state.adapter)
+        _save(directory, loaded, local, adapter, clients, rows)
+        directory.note(rounds=keeper.records, warnings=warnings, adapter=adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
         return RunResult(directory.path, tuple(keeper.records), result.summary() if result else {}, result)
@@ -207,11 +219,11 @@ def _save(
     directory: RunDir,
     loaded: LoadedModel,
     local: Local,
-    state: ServerState,
+    adapter: AdapterState,
     clients: Mapping[str, ClientData],
     rows: build.Rows,
 ) -> None:
-    save_adapter(loaded.model, state.adapter, directory.path)
+    save_adapter(loaded.model, adapter, directory.path)
     try:
         loaded.tokenizer.save_pretrained(directory.path)
     except OSError as e:
@@ -219,7 +231,7 @@ def _save(
     origin: dict[str, Any] = {
         "base": loaded.base,
         "base_fingerprint": loaded.fingerprint,
-        "adapter": state.adapter.digest(),
+        "adapter": adapter.digest(),
     }
     write_json(directory.path / TRAIN_ROWS_FILE, sorted(seen_rows(loaded.adapter_path) | rows.ids()))
     probe = forget_loss(local, clients)  # save_adapter has written the final adapter into the model

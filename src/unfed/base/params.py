@@ -9,13 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 from unfed.base.errors import ConfigError, nearest
 
 _KEY = "hyperparameter"
 STRICT: dict[str, Any] = {"extra": "forbid"}
 """``__pydantic_config__`` of a dataclass that the configuration fills: names it does not know are refused."""
+
+
+class Rule(Protocol):
+    """What a value of a hyperparameter must be."""
+
+    def complaint(self, value: object) -> str | None:
+        """Why ``value`` is refused, or ``None``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,17 +73,22 @@ def number(
     default: float, *, above: float | None = None, at_least: float | None = None, below: float | None = None
 ) -> Any:
     """A dataclass field for a numeric hyperparameter."""
-    return field(default=default, metadata={_KEY: NumberRule(above, at_least, below)})
+    return governed(default, NumberRule(above, at_least, below))
 
 
 def whole(default: int, *, at_least: int | None = None) -> Any:
     """A dataclass field for a hyperparameter that counts something."""
-    return field(default=default, metadata={_KEY: NumberRule(at_least=at_least, whole=True)})
+    return governed(default, NumberRule(at_least=at_least, whole=True))
 
 
 def choice(default: str | None, choices: tuple[str | None, ...]) -> Any:
     """A dataclass field for a hyperparameter that is one of a few names."""
-    return field(default=default, metadata={_KEY: ChoiceRule(choices)})
+    return governed(default, ChoiceRule(choices))
+
+
+def governed(default: Any, rule: Rule) -> Any:
+    """A dataclass field for a hyperparameter with a rule of its own."""
+    return field(default=default, metadata={_KEY: rule})
 
 
 def hyperparameters(cls: type) -> dict[str, Any]:

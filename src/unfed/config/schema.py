@@ -15,7 +15,7 @@ from unfed.objectives import names
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = tuple(names.METHODS)
-RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback")
+RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback", "unlearning_adapter")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 
