@@ -22,7 +22,7 @@ from unfed.federated.client import Client
 
 ROUNDING = 2e-6
 """Of logits near 1 in float32: other orders of adding up give this much at most here."""
-ALL = ("unlearning_adapter",)
+ALL = ("unlearning_adapter", "task_arithmetic")
 
 
 @pytest.fixture(scope="module")

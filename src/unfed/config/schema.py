@@ -15,7 +15,7 @@ from unfed.objectives import names
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = tuple(names.METHODS)
-RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback", "unlearning_adapter")
+RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback", "unlearning_adapter", "task_arithmetic")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 

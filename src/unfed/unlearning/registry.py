@@ -12,10 +12,11 @@ from unfed.unlearning.base import Recipe
 from unfed.unlearning.interleaved import Interleaved
 from unfed.unlearning.local_then_recover import LocalThenRecover
 from unfed.unlearning.retrain import Retrain, Rollback
+from unfed.unlearning.task_arithmetic import TaskArithmetic
 from unfed.unlearning.unlearning_adapter import UnlearningAdapter
 
 RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
-    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, UnlearningAdapter)}
+    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, UnlearningAdapter, TaskArithmetic)}
 )
 
 
