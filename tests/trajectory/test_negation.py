@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from unfed.aggregation.lora import lora_pairs
 from unfed.app.runs import run
 from unfed.app.second import SECOND_DIR
-from unfed.base.artifacts import read_json, read_tensors
-from unfed.base.types import AdapterState
+from unfed.base.artifacts import digest_file, read_json, read_tensors
+from unfed.base.errors import ConfigError
+from unfed.base.types import AdapterState, ClientUpdate
 from unfed.config.schema import MethodConfig, PartitionConfig, RecipeConfig
+from unfed.federated.client import Client
+from unfed.unlearning.base import Situation, unmet
 from unfed.unlearning.negation import multiplied
+from unfed.unlearning.registry import build_recipe
 from unfed.unlearning.task_arithmetic import Negate
 
 
@@ -101,3 +105,85 @@ def test_its_method_does_not_matter(small_run, finetuned, tmp_path):
     one = run(config).directory
     two = run(dataclasses.replace(other, method=MethodConfig("GradDiff"))).directory
     assert saved(one)[0].digest() == saved(two)[0].digest()
+
+
+def not_lora(small_run, start: Path, output: Path, **given):
+    return unlearning(small_run, start, output, "not_lora", **given)
+
+
+def test_the_update_of_the_chosen_layers_alone_is_negated(small_run, finetuned, tmp_path, monkeypatch):
+    """What the first round starts from; the clients' own steps are left out."""
+    seen = []
+
+    def untouched(self, task, adapter, client_id):
+        seen.append(adapter)
+        return ClientUpdate(client_id, adapter, 1, {"loss": 0.0})
+
+    monkeypatch.setattr(Client, "fit", untouched)
+    before, scaling = saved(finetuned)
+    for settings, negated in (({}, "layers.0."), ({"layers": "down_proj"}, "down_proj"), ({"layers": "all"}, "")):
+        seen.clear()
+        run(not_lora(small_run, finetuned, tmp_path / "run", settings=settings))
+        after = dense(seen[0], scaling)
+        assert any(negated in m for m in after)
+        for module, matrix in dense(before, scaling).items():
+            assert matrix.any() and torch.equal(after[module], -matrix if negated in module else matrix)
+
+
+@pytest.fixture(scope="module")
+def by_heart(small_run, tmp_path_factory) -> Path:
+    """A fine-tuning that has something to lose."""
+    place = tmp_path_factory.mktemp("by_heart") / "ft"
+    return run(small_run("finetune", place, args={"num_train_epochs": 12})).directory
+
+
+def test_negated_and_trained_anew_it_forgets_and_asks_nothing_of_the_target(small_run, by_heart, tmp_path):
+    result = run(not_lora(small_run, by_heart, tmp_path / "run"))
+    record = read_json(result.directory / "run.json")
+    assert read_json(result.directory / "unfed.json")["forget_loss"]["value"] > record["forget_loss_at_start"] + 0.1
+    assert (
+        record["recipe"]["needs"] == ["a learned LoRA adapter"]
+        and "experimental" in record["recipe"]["promise"]["text"]
+    )
+    partition = read_json(result.directory / "partition.json")["clients"]
+    assert {r.phase for r in result.records} == {"fine-tune"}
+    assert all(set(r.clients) <= set(partition) for r in result.records)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(small_run, finetuned, tmp_path, monkeypatch):
+    whole = run(not_lora(small_run, finetuned, tmp_path / "whole")).directory
+    fit = Client.fit
+
+    def cut(self, task, adapter, client_id):
+        if task.round == 1:
+            raise KeyboardInterrupt
+        return fit(self, task, adapter, client_id)
+
+    monkeypatch.setattr(Client, "fit", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(not_lora(small_run, finetuned, tmp_path / "cut"))
+    monkeypatch.undo()
+    run(dataclasses.replace(not_lora(small_run, finetuned, tmp_path / "cut"), resume=True))
+    for name in ("adapter_model.safetensors", "adapter_config.json", "unfed.json"):
+        assert digest_file(tmp_path / "cut" / name) == digest_file(whole / name)
+
+
+def test_several_targets_train_on_what_they_keep(small_run, spread, tmp_path):
+    result = run(not_lora(small_run, spread, tmp_path / "run", target_client_idx="all"))
+    partition = read_json(result.directory / "partition.json")["clients"]
+    assert len(read_json(result.directory / "run.json")["recipe"]["targets"]) > 1
+    assert set(result.records[0].clients) == set(partition)
+
+
+def test_it_is_refused_on_all_parameters_and_without_anybody_to_train(small_run, small_base, finetuned, tmp_path):
+    config = not_lora(small_run, finetuned, tmp_path / "run")
+    model = config.model.model_args
+    for args, why in (
+        ({"use_lora": False}, "trains all parameters"),
+        ({"pretrained_model_name_or_path": str(small_base)}, "is a model without one"),
+    ):
+        other = dataclasses.replace(config.model, model_args=dataclasses.replace(model, **args))
+        with pytest.raises(ConfigError, match=rf"recipe=not_lora: works on a learned LoRA adapter.*{why}"):
+            run(dataclasses.replace(config, model=other))
+    nobody = Situation(("client_0",), ())
+    assert "no client has rows to keep" in unmet(build_recipe("not_lora", {}), nobody)[0]

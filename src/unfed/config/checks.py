@@ -171,7 +171,7 @@ def _federation(config: RunConfig) -> Iterator[str]:
 
 def _all_in_rounds(recipe: RecipeConfig) -> bool:
     """Whether the recipe does all its work in the global rounds, so that it needs one at least."""
-    return recipe.name == "interleaved" or recipe.params.get("forget") == "none"
+    return recipe.name in ("interleaved", "not_lora") or recipe.params.get("forget") == "none"
 
 
 def _lora(config: RunConfig) -> Iterator[str]:

@@ -15,7 +15,15 @@ from unfed.objectives import names
 
 AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
 METHODS = tuple(names.METHODS)
-RECIPES = ("local_then_recover", "interleaved", "retrain", "rollback", "unlearning_adapter", "task_arithmetic")
+RECIPES = (
+    "local_then_recover",
+    "interleaved",
+    "retrain",
+    "rollback",
+    "unlearning_adapter",
+    "task_arithmetic",
+    "not_lora",
+)
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 

@@ -11,12 +11,16 @@ from unfed.base.errors import ConfigError, nearest
 from unfed.unlearning.base import Recipe
 from unfed.unlearning.interleaved import Interleaved
 from unfed.unlearning.local_then_recover import LocalThenRecover
+from unfed.unlearning.not_lora import NotLora
 from unfed.unlearning.retrain import Retrain, Rollback
 from unfed.unlearning.task_arithmetic import TaskArithmetic
 from unfed.unlearning.unlearning_adapter import UnlearningAdapter
 
 RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
-    {cls.title: cls for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, UnlearningAdapter, TaskArithmetic)}
+    {
+        cls.title: cls
+        for cls in (LocalThenRecover, Interleaved, Retrain, Rollback, UnlearningAdapter, TaskArithmetic, NotLora)
+    }
 )
 
 
