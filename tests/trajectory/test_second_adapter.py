@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from unfed.app.plan import plan
 from unfed.app.runs import run
 from unfed.app.second import SECOND_DIR, revert
 from unfed.base.artifacts import digest_file, read_json, read_tensors
@@ -117,6 +118,14 @@ def test_the_record_names_both_adapters_and_counts_the_bytes_of_the_second(done,
     assert [r["bytes_down"] for r in record["rounds"]] == [second.nbytes * len(r["clients"]) for r in record["rounds"]]
     assert record["recipe"]["cost"]["nbytes"] == sum(r["bytes_down"] + r["bytes_up"] for r in record["rounds"])
     assert digest_file(directory / "partition.json") == digest_file(finetuned / "partition.json")
+
+
+def test_the_plan_counts_the_second_adapter(forgetting, done, tmp_path):
+    second = read_tensors(done("unlearning_adapter") / SECOND_DIR / "adapter_model.safetensors")
+    found = plan(forgetting(tmp_path / "run", "unlearning_adapter"))
+    assert (found.adapter_bytes, found.trainable_parameters, found.rounds) == (second.nbytes, second.numel, 3)
+    half = plan(forgetting(tmp_path / "run", "unlearning_adapter", settings={"layers": 0.5, "forget": "none"}))
+    assert half.adapter_bytes == second.nbytes / 2 and half.rounds == 2
 
 
 def cut_in_round(monkeypatch, number: int) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from unfed.app.probe import ORIGIN_FILE
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, TRAIN_ROWS_FILE, RunDir
-from unfed.base.artifacts import atomic_dir, read_json, read_tensors, write_json, write_tensors
+from unfed.base.artifacts import atomic_dir, read_json, read_tensors, remove_leftovers, write_json, write_tensors
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.base.types import AdapterState
 from unfed.config.schema import RunConfig
@@ -82,6 +82,7 @@ def finish(
         return loaded, local, adapter
     assert loaded.adapter_path is not None
     place, learned = directory.path / SECOND_DIR, snapshot(model, LEARNED)
+    remove_leftovers(place)
     save_adapter(model, adapter, place)
     one, stacked = as_one(model, adapter)
     path = str(Path(loaded.adapter_path).resolve())
