@@ -14,7 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from unfed.aggregation.lora import lora_pairs
+from unfed.base.types import AdapterState
 from unfed.models.adapter import save_adapter, snapshot
+from unfed.models.second import LEARNED, SecondAdapter, add_second, as_one
 
 HERE = Path(__file__).parent
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "models" / "tiny"
@@ -30,6 +33,7 @@ ADAPTERS = {
     },
     "one-layer": {"target_modules": SOME, "layers_to_transform": [1]},
     "head-saved": {"target_modules": SOME, "modules_to_save": ["lm_head"]},
+    "stacked": {"target_modules": SOME, "r": 3, "lora_alpha": 10},
 }
 BASES = ["made-here", "golden-tiny"]
 CASES = [f"{base}_{adapter}" for base in BASES for adapter in ADAPTERS]
@@ -46,14 +50,21 @@ def make_base(folder):
 
 
 @torch.no_grad()
-def make_case(folder, base, options):
+def make_case(folder, base, options, *, stacked=False):
     """Save an adapter whose factors are all different from zero, and the logits it gives here."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, task_type="CAUSAL_LM", **options))
+    shape = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} | options
+    name = LEARNED if stacked else "default"
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape), adapter_name=name)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=0.2 if "lora_" in name else 0.02)
+    if stacked:  # a second adapter on one layer of it: modules of two ranks, an alpha that is no whole number
+        modules = tuple(m for m in lora_pairs(snapshot(model, LEARNED)) if "layers.1." in m)
+        add_second(model, SecondAdapter(2, 7, modules), seed=1)
+        second = {n: 0.2 * torch.randn_like(t) for n, t in snapshot(model).items()}
+        model, _ = as_one(model, AdapterState(second))
     model.eval()
     folder.mkdir(parents=True)
     save_adapter(model, snapshot(model), folder / "adapter")
@@ -71,7 +82,7 @@ def make_cases(root):
         bases["golden-tiny"] = GOLDEN
     for base_name, base in bases.items():
         for name, options in ADAPTERS.items():
-            make_case(root / "cases" / f"{base_name}_{name}", base, options)
+            make_case(root / "cases" / f"{base_name}_{name}", base, options, stacked=name == "stacked")
     return root / "cases"
 
 

@@ -250,8 +250,8 @@ def test_another_adapter_under_the_same_name_is_refused(make, half_done, finetun
 
     open_adapter = load._open_adapter
 
-    def other(model, path, *, trainable):
-        opened = open_adapter(model, path, trainable=trainable)
+    def other(model, path, name, *, trainable):
+        opened = open_adapter(model, path, name, trainable=trainable)
         next(p for p in opened.parameters() if p.requires_grad).data.add_(1.0)
         return opened
 

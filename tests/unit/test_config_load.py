@@ -144,6 +144,11 @@ WRONG = {
         "global_rounds=0",
         "at least 1",
     ),
+    "overwriting without rounds": (
+        {"trainer.method_args.global_rounds": 0, "recipe.name": "unlearning_adapter", "recipe.forget": "none"},
+        "global_rounds=0",
+        "at least 1",
+    ),
     "two methods": ({"trainer.method_args.unlearn_trainer_cls": "SimNPO"}, "unlearn_trainer_cls=SimNPO", "method=NPO"),
     "two strategies": (
         {"trainer.method_args.aggregation_strategy": "FedYogi"},

@@ -59,7 +59,7 @@ def runner(plan: Plan, start: AdapterState, directory: Path) -> Callable[..., Se
 
 def joined(
     plan: Plan, rule: Aggregator, situation: Situation, directory: Path, opened: tuple[LoadedModel, Local]
-) -> tuple[LoadedModel, Local, ServerState]:
+) -> tuple[LoadedModel, Local, AdapterState]:
     """The model with the stack of all shards, a loop on it, and the stack; the shards lie in ``directory`` then."""
     loaded, local = opened
     assert plan.isolation is not None
@@ -77,7 +77,7 @@ def joined(
     say(f"shards: {len(shards)} served as one adapter of {stack.nbytes / 1e6:.2f} MB, kept in {store.root}")
     model = stacked_model(loaded.model, stack, len(shards))
     loop = Local(model, local.args, local.collation, local.seed)
-    return replace(loaded, model=model), loop, ServerState(plan.schedule.num_rounds, stack)
+    return replace(loaded, model=model), loop, stack
 
 
 def _weights(shards: list[Shard], rule: Aggregator) -> list[float]:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from unfed.aggregation.lora import EXACT_LIMIT
+from unfed.aggregation.lora import EXACT_LIMIT, lora_pairs
 from unfed.app import build
 from unfed.app.methods import unlearning_objective
+from unfed.app.recipes import recipe_of
+from unfed.base.artifacts import read_tensors
 from unfed.config.schema import RunConfig
-from unfed.models.adapter import live_tensors, trainable_parameters
+from unfed.models.adapter import live_tensors, lora_scaling, trainable_parameters
 from unfed.models.load import DTYPES
+from unfed.models.second import not_plain_lora, ranks_of
 from unfed.models.shapes import adapted_shapes, parameter_shapes
 from unfed.models.source import resolve_source
+from unfed.models.spec import ADAPTER_WEIGHTS
 from unfed.training.args import LoopArgs, loop_args
 
 MB = 1e6
+TARGETS_FIRST = ("local_then_recover", "unlearning_adapter", "task_arithmetic")
+"""Recipes with a round of the targets alone before the global ones."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,12 @@ def plan(config: RunConfig) -> Plan:
     trained = sum(p.numel() for p in trainable_parameters(trainable).values())
     adapter_width = 4 if model_args.use_lora else dtype.itemsize
     adapter = sum(t.numel() for t in live_tensors(trainable).values()) * adapter_width
+    frozen = 0
+    if source.adapter is not None and (second := _second_adapter(config, trainable, source.adapter)) is not None:
+        trained, adapter, frozen = second, second * adapter_width, adapter
     clients, rounds = _extent(config)
     memory = {
-        "base weights": float(total * dtype.itemsize),
+        "base weights": float(total * dtype.itemsize + frozen),
         "adapter, gradients, AdamW": float(trained * (adapter_width * 2 + 8)),
         "reference adapter": float(adapter) if _needs_reference(config) else 0.0,
         # The aggregation error is exact for up to that many clients, and keeps their adapters until the round's end.
@@ -80,6 +91,16 @@ def plan(config: RunConfig) -> Plan:
         "activations and logits": activations,
     }
     return Plan(total, trained, adapter, clients, rounds, 2 * adapter * clients, memory)
+
+
+def _second_adapter(config: RunConfig, model: nn.Module, learned: str) -> int | None:
+    """Parameters of the adapter that a recipe trains on the learned one; ``None`` for one that trains that itself."""
+    recipe = recipe_of(config) if config.mode == "unlearn" else None
+    if recipe is None or not recipe.demands.second_adapter or not_plain_lora(learned) is not None:
+        return None
+    state = read_tensors(Path(learned) / ADAPTER_WEIGHTS)
+    shape, pairs, ranks = recipe.second_adapter(state, lora_scaling(model)), lora_pairs(state), ranks_of(state)
+    return sum(shape.r * sum(state[n].numel() for n in pairs[m]) // ranks[m] for m in shape.modules)
 
 
 def _activation_bytes(base: PreTrainedModel, config: RunConfig, args: LoopArgs, dtype: torch.dtype) -> float:
@@ -113,6 +134,7 @@ def _extent(config: RunConfig) -> tuple[int, int]:
     manifest = build.find_manifest(config)
     if clients is None and manifest is not None:
         clients = len(build.Partition.read(manifest).clients)
-    first = config.mode == "unlearn" and config.recipe is not None and config.recipe.name == "local_then_recover"
+    recipe = config.recipe if config.mode == "unlearn" else None
+    first = recipe is not None and recipe.name in TARGETS_FIRST and recipe.params.get("forget") != "none"
     rounds = given.global_rounds + int(first)
     return clients or build.DEFAULT_CLIENTS, rounds

@@ -153,6 +153,8 @@ def announce(recipe: Recipe, plan: Plan, given: Ingredients, cost: Cost) -> dict
     source, promise = given.situation.source, recipe.promise_for(given.situation)
     needs = [f"history={kind}" for kind in sorted(recipe.demands.history)]
     needs += ["the run directory of the fine-tuning"] if recipe.demands.source else []
+    if recipe.demands.lora:
+        needs.append("a learned LoRA adapter" + (", which stays as it is" if recipe.demands.second_adapter else ""))
     needs += [f"the forget rows, at {', '.join(given.targets)}"] if _asks_targets(plan) else []
     compared = ""
     if source is not None and source.client_steps:

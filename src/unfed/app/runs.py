@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from unfed.app import build, encode, isolated, methods, recipes
+from unfed.aggregation.base import Aggregator
+from unfed.app import build, encode, isolated, methods, recipes, second
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -32,7 +33,7 @@ from unfed.app.schedules import resolved_settings
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
-from unfed.base.types import ServerState
+from unfed.base.types import AdapterState, ServerState
 from unfed.config.schema import RunConfig
 from unfed.data.partition import Partition
 from unfed.evaluation.runner import EvalResult
@@ -40,12 +41,13 @@ from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
 from unfed.federated.rounds import RoundsConfig, RunKeeper
 from unfed.federated.transport import InProcess
-from unfed.models.adapter import save_adapter, snapshot
+from unfed.models.adapter import ADAPTER_NAME, save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
+from unfed.models.second import LEARNED
 from unfed.training import advice
 from unfed.training.args import LoopArgs, loop_args
 from unfed.training.loop import Local
-from unfed.unlearning.base import Situation, Source
+from unfed.unlearning.base import Plan, Situation, Source
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +108,20 @@ def open_model(config: RunConfig, *, trainable: bool) -> LoadedModel:
     args = config.model.model_args
     if config.trainer is not None and config.trainer.args.get("use_cpu") and args.device_map is None:
         args = dataclasses.replace(args, device_map="cpu")
-    loaded = load_model(args, config.model.tokenizer_args, trainable=trainable, seed=config.seed)
+    recipe = recipes.recipe_of(config) if trainable and config.mode == "unlearn" else None
+    on_top = recipe is not None and recipe.demands.second_adapter
+    loaded = load_model(
+        args,
+        config.model.tokenizer_args,
+        trainable=trainable and not on_top,
+        seed=config.seed,
+        adapter_name=LEARNED if on_top else ADAPTER_NAME,
+    )
     for note in loaded.notes:
         say(note)
     _same_base(loaded)
+    if recipe is not None and on_top:
+        second.put_on(loaded, recipe, config.seed)
     return loaded
 
 
@@ -137,7 +149,7 @@ def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Par
         return rows, partition, where, Situation((), ())
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
     situation = recipes.situation_of(partition, {e["id"] for e in rows.retain}, targets, source)
-    recipes.refuse_unmet(config, situation)
+    recipes.refuse_unmet(config, dataclasses.replace(situation, no_lora=second.without_lora(config)))
     return rows, partition, where, situation
 
 
@@ -162,7 +174,8 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
         trained = isolated.limited(plan, situation, clients, start.adapter)
         client = Client(local, trained, opened, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
-        identity = {**training_identity(config), "inputs": {**inputs, **recipes.adapters_of(plan, opened)}}
+        inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened)}
+        identity = {**training_identity(config), "inputs": inputs}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
         partition.write(directory.path / PARTITION_FILE)
@@ -186,13 +199,26 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
             finally:
                 reporter.close()
         warnings = [*warnings_of(schedule, client, keeper.records), *left_out(schedule, keeper.records)]
-        if plan.isolation is not None:
-            loaded, local, state = isolated.joined(plan, rule, situation, directory.path, (loaded, local))
-        _save(directory, loaded, local, state, clients, rows)
-        directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
+        loaded, local, adapter = _served(plan, rule, situation, directory, (loaded, local), state)
+        _save(directory, loaded, local, adapter, clients, rows)
+        directory.note(rounds=keeper.records, warnings=warnings, adapter=adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
         return RunResult(directory.path, tuple(keeper.records), result.summary() if result else {}, result)
+
+
+def _served(
+    plan: Plan,
+    rule: Aggregator,
+    situation: Situation,
+    directory: RunDir,
+    trained: tuple[LoadedModel, Local],
+    state: ServerState,
+) -> tuple[LoadedModel, Local, AdapterState]:
+    """What is saved and evaluated: what was trained, or the one adapter that shards or two adapters make."""
+    if plan.isolation is not None:
+        return isolated.joined(plan, rule, situation, directory.path, trained)
+    return second.finish(directory, *trained, state.adapter)
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
@@ -211,11 +237,11 @@ def _save(
     directory: RunDir,
     loaded: LoadedModel,
     local: Local,
-    state: ServerState,
+    adapter: AdapterState,
     clients: Mapping[str, ClientData],
     rows: build.Rows,
 ) -> None:
-    save_adapter(loaded.model, state.adapter, directory.path)
+    save_adapter(loaded.model, adapter, directory.path)
     try:
         loaded.tokenizer.save_pretrained(directory.path)
     except OSError as e:
@@ -223,7 +249,7 @@ def _save(
     origin: dict[str, Any] = {
         "base": loaded.base,
         "base_fingerprint": loaded.fingerprint,
-        "adapter": state.adapter.digest(),
+        "adapter": adapter.digest(),
     }
     write_json(directory.path / TRAIN_ROWS_FILE, sorted(seen_rows(loaded.adapter_path) | rows.ids()))
     probe = forget_loss(local, clients)  # save_adapter has written the final adapter into the model

@@ -11,13 +11,21 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 from unfed.base.errors import ConfigError, nearest
 
 _KEY = "hyperparameter"
 STRICT: dict[str, Any] = {"extra": "forbid"}
 """``__pydantic_config__`` of a dataclass that the configuration fills: names it does not know are refused."""
+
+
+class Rule(Protocol):
+    """What a value of a hyperparameter must be."""
+
+    def complaint(self, value: object) -> str | None:
+        """Why ``value`` is refused, or ``None``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,11 @@ class FlagRule:
         return None if isinstance(value, bool) else f"must be true or false, not {value!r}"
 
 
+def governed(default: Any, rule: Rule) -> Any:
+    """A dataclass field for a hyperparameter with a rule of its own."""
+    return field(default=default, metadata={_KEY: rule})
+
+
 def number(
     default: float,
     *,
@@ -108,32 +121,32 @@ def number(
     at_most: float | None = None,
 ) -> Any:
     """A dataclass field for a numeric hyperparameter."""
-    return field(default=default, metadata={_KEY: NumberRule(above, at_least, below, at_most=at_most)})
+    return governed(default, NumberRule(above, at_least, below, at_most=at_most))
 
 
 def whole(default: int, *, at_least: int | None = None) -> Any:
     """A dataclass field for a hyperparameter that counts something."""
-    return field(default=default, metadata={_KEY: NumberRule(at_least=at_least, whole=True)})
+    return governed(default, NumberRule(at_least=at_least, whole=True))
 
 
 def flag(default: bool) -> Any:
     """A dataclass field for a hyperparameter that is true or false."""
-    return field(default=default, metadata={_KEY: FlagRule()})
+    return governed(default, FlagRule())
 
 
 def choice(default: str | None, choices: tuple[str | None, ...]) -> Any:
     """A dataclass field for a hyperparameter that is one of a few names."""
-    return field(default=default, metadata={_KEY: ChoiceRule(choices)})
+    return governed(default, ChoiceRule(choices))
 
 
 def pattern(default: str) -> Any:
     """A dataclass field for a regular expression."""
-    return field(default=default, metadata={_KEY: PatternRule()})
+    return governed(default, PatternRule())
 
 
 def patterns(default: tuple[str, ...]) -> Any:
     """A dataclass field for one or more regular expressions; whoever declares it makes a tuple of what is given."""
-    return field(default=default, metadata={_KEY: PatternRule(several=True)})
+    return governed(default, PatternRule(several=True))
 
 
 def hyperparameters(cls: type) -> dict[str, Any]:

@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, Command] = {
         "learn, forget and measure on a tiny model: three minutes, no network", "unfed.cli.study:quickstart"
     ),
     "real": Command("the same with SmolLM2-135M-Instruct on TOFU", "unfed.cli.study:real"),
+    "revert": Command("take an unlearning adapter off again: the adapter beneath it", "unfed.cli.revert:main"),
     "report": Command("write one page that compares finished runs", "unfed.cli.report:report"),
     "compare": Command("put runs that differ in seed together: median and range", "unfed.cli.report:compare"),
     "alternates": Command(

@@ -19,6 +19,7 @@ from unfed.config.schema import (
     DataConfig,
     DatasetConfig,
     MethodArgs,
+    RecipeConfig,
     RunConfig,
     TrainerConfig,
 )
@@ -180,11 +181,16 @@ def _federation(config: RunConfig) -> Iterator[str]:
         yield f"{prefix}.min_clients={a.min_clients}: must be between 1 and num_clients ({clients})"
     if not 0 < a.fraction_fit <= 1:
         yield f"{prefix}.fraction_fit={a.fraction_fit}: must be above 0 and at most 1"
-    fewest = 0 if config.mode == "unlearn" and config.recipe and config.recipe.name != "interleaved" else 1
+    fewest = 0 if config.mode == "unlearn" and config.recipe and not _all_in_rounds(config.recipe) else 1
     if a.global_rounds < fewest:
         yield f"{prefix}.global_rounds={a.global_rounds}: must be at least {fewest}"
     if a.unlearn_epochs is not None and not 0 < a.unlearn_epochs < math.inf:
         yield f"{prefix}.unlearn_epochs={a.unlearn_epochs}: must be above 0, and finite"
+
+
+def _all_in_rounds(recipe: RecipeConfig) -> bool:
+    """Whether the recipe does all its work in the global rounds, so that it needs one at least."""
+    return recipe.name in ("interleaved", "not_lora") or recipe.params.get("forget") == "none"
 
 
 def _lora(config: RunConfig) -> Iterator[str]:

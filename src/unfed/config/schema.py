@@ -26,6 +26,9 @@ RECIPES = (
     "subtract",
     "distill",
     "isolated",
+    "unlearning_adapter",
+    "task_arithmetic",
+    "not_lora",
 )
 WRAPPERS = ("SAM", "GRU", "EWC")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")

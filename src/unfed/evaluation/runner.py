@@ -26,6 +26,7 @@ from unfed.evaluation.scoring import Pass
 from unfed.evaluation.suites import SuiteConfig
 from unfed.evaluation.tofu import TOFU
 from unfed.metrics.stats import Score
+from unfed.models.adapter import base_alone
 
 EVAL_FILE = TOFU.eval_file
 SUMMARY_FILE = TOFU.summary_file
@@ -149,7 +150,7 @@ def _base_of(model: nn.Module) -> Callable[[], AbstractContextManager[nn.Module]
 
     @contextmanager
     def opened() -> Iterator[nn.Module]:
-        with model.disable_adapter():
+        with base_alone(model):
             yield model
 
     return opened

@@ -35,13 +35,13 @@ PEFT_0_13_KEYS = frozenset(
 )
 
 
-def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+def live_tensors(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> dict[str, Tensor]:
     """The model's own trainable tensors by name, sharing storage with it; tied ones once.
 
-    With LoRA: the adapter's tensors by PEFT name. Without: every parameter and persistent buffer.
+    With LoRA: the tensors of the adapter of that name, by PEFT name. Without: every parameter and persistent buffer.
     """
     if isinstance(model, PeftModel):
-        found = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+        found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         return {name: t.detach() for name, t in found.items()}
     kept = set(model.state_dict().keys())
     tensors = {n: p.detach() for n, p in model.named_parameters()}
@@ -49,9 +49,9 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def snapshot(model: nn.Module) -> AdapterState:
-    """Copy the trainable tensors to the CPU."""
-    live = live_tensors(model)
+def snapshot(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> AdapterState:
+    """Copy the trainable tensors (with LoRA: those of the adapter of that name) to the CPU."""
+    live = live_tensors(model, adapter_name)
     # One block of memory for all: thousands of small ones leave the heap in pieces that are not given back.
     ends = list(itertools.accumulate(-(-t.numel() * t.element_size() // 64) * 64 for t in live.values()))
     block = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
@@ -118,15 +118,30 @@ class WeightSwap:
         torch.clear_autocast_cache()
 
 
-def lora_scaling(model: nn.Module) -> dict[str, float]:
+@contextlib.contextmanager
+def base_alone(model: PeftModel) -> Iterator[None]:
+    """Inside, every adapter is switched off; afterwards all is as before.
+
+    PEFT's own way back makes every active adapter trainable, a frozen one beneath another as well.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def lora_scaling(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> dict[str, float]:
     """Scaling (alpha / r, or alpha / sqrt r) of each LoRA layer, by the module part of its tensor names."""
     if not isinstance(model, PeftModel):
         return {}
     found: dict[str, float] = {}
     for name, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict) and ADAPTER_NAME in scaling:
-            found[name] = float(scaling[ADAPTER_NAME])
+        if isinstance(scaling, dict) and adapter_name in scaling:
+            found[name] = float(scaling[adapter_name])
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,12 +62,20 @@ def attention(name: str | None) -> tuple[str, str | None]:
     return name, None
 
 
-def load_model(args: ModelArgs, tokenizer_args: TokenizerArgs, *, trainable: bool, seed: int = 0) -> LoadedModel:
+def load_model(
+    args: ModelArgs,
+    tokenizer_args: TokenizerArgs,
+    *,
+    trainable: bool,
+    seed: int = 0,
+    adapter_name: str = ADAPTER_NAME,
+) -> LoadedModel:
     """Open the model and its tokenizer; make, or open, the adapter.
 
     An adapter directory is opened with ``PeftModel.from_pretrained(..., is_trainable=trainable)`` and never
-    wrapped again. With ``use_lora`` and no adapter a new one is made (``B = 0``), seeded by ``seed``. Raises
-    ``UnfedError`` / ``AdapterError`` with what to mend.
+    wrapped again. With ``use_lora`` and no adapter a new one is made (``B = 0``), seeded by ``seed``.
+    ``adapter_name``: PEFT's name of an adapter that is opened. Raises ``UnfedError`` / ``AdapterError`` with what to
+    mend.
     """
     source = resolve_source(args, tokenizer_args)
     if source.gguf_file is not None and trainable and not args.use_lora:
@@ -87,10 +95,11 @@ def load_model(args: ModelArgs, tokenizer_args: TokenizerArgs, *, trainable: boo
                 f"{source.adapter} is a LoRA adapter, but model.model_args.use_lora is false, which trains all "
                 "parameters: choose the -lora model file, or merge the adapter into its base first"
             )
-        model = _open_adapter(model, source.adapter, trainable=trainable)
+        model = _open_adapter(model, source.adapter, adapter_name, trainable=trainable)
         # Where it was opened now, not where it was trained: the adapter that this run saves names its base.
-        model.peft_config[ADAPTER_NAME].base_model_name_or_path = base
-        notes += _adapter_notes(model, args.lora_config, source.adapter)
+        own = model.peft_config[adapter_name]
+        own.base_model_name_or_path = base
+        notes += _adapter_notes(own, args.lora_config, source.adapter)
     elif args.use_lora:
         model = new_adapter(model, args.lora_config or LoraArgs(), base, seed)
     if not trainable:
@@ -148,22 +157,21 @@ def _open_tokenizer(source: ModelSource, tokenizer: TokenizerArgs, args: ModelAr
     return found
 
 
-def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
+def _open_adapter(model: PreTrainedModel, path: str, name: str, *, trainable: bool) -> PeftModel:
     try:
         with safetensors.safe_open(Path(path) / ADAPTER_WEIGHTS, framework="pt") as file:
             stored = set(file.keys())
-        opened = PeftModel.from_pretrained(model, path, adapter_name=ADAPTER_NAME, is_trainable=trainable)
+        opened = PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
     except RuntimeError as e:
         raise AdapterError(f"the adapter {path} does not fit its base model: {_mismatch(e)}") from e
     except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as e:
         raise AdapterError(f"cannot open the adapter {path}: {first_line(e)}") from e
-    _refuse_partial(opened, stored, path)
+    _refuse_partial(set(live_tensors(opened, name)), stored, path)
     return opened
 
 
-def _refuse_partial(model: PeftModel, stored: set[str], path: str) -> None:
+def _refuse_partial(wanted: set[str], stored: set[str], path: str) -> None:
     """PEFT passes over tensors that only the file or only the model has; half an adapter is another adapter."""
-    wanted = set(live_tensors(model))
     lacking, left = sorted(wanted - stored), sorted(stored - wanted)
     if lacking or left:
         if not lacking and not any(".lora_" in n for n in left):
@@ -230,11 +238,10 @@ def missing_targets(model: nn.Module, targets: Sequence[str] | str) -> list[str]
     return [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
 
 
-def _adapter_notes(model: PeftModel, asked: LoraArgs | None, path: str) -> list[str]:
+def _adapter_notes(own: PeftConfig, asked: LoraArgs | None, path: str) -> list[str]:
     """An existing adapter keeps its own shape; say so where the configuration asks for another."""
     if asked is None:
         return []
-    own = model.peft_config[ADAPTER_NAME]
     differ = [k for k in SHAPE_KEYS if getattr(own, k, None) != getattr(asked, k)]
     differ += [k for k in ("rank_pattern", "alpha_pattern") if dict(getattr(own, k) or {}) != dict(getattr(asked, k))]
     if set(getattr(own, "modules_to_save", None) or ()) != set(asked.modules_to_save or ()):

@@ -13,6 +13,7 @@ from unfed.base.types import AdapterState, Example, ServerState
 from unfed.federated.history import History, HistoryKind, HistorySettings
 from unfed.federated.schedule import Schedule, Work
 from unfed.federated.shards import Shard
+from unfed.models.second import SecondAdapter
 from unfed.objectives.base import Objective
 from unfed.objectives.proximal import Proximal
 
@@ -65,11 +66,13 @@ class Source:
 @dataclass(frozen=True)
 class Situation:
     """What is known before a model is opened. ``targets`` own what is to be forgotten, ``retainers`` own rows that are
-    to be kept (targets too, where they do)."""
+    to be kept (targets too, where they do). ``no_lora``: why the run does not start from a learned, plain LoRA adapter
+    and what to do about it (``None``: it does)."""
 
     targets: tuple[str, ...]
     retainers: tuple[str, ...]
     source: Source | None = None
+    no_lora: str | None = None
 
     @property
     def keeping(self) -> tuple[str, ...]:
@@ -149,7 +152,9 @@ class Demands:
     ``history``: what the fine-tuning must have kept. ``source``: the fine-tuning's run directory. ``whole_clients``:
     it removes clients, not single rows. ``method``: it trains with ``method=``. ``replay``: it trains as the
     fine-tuning did, with that run's settings, from its base model. ``linear``: the fine-tuning's server must have added
-    up mean updates (FedAvg, FedProx).
+    up mean updates (FedAvg, FedProx). ``lora``: it works on the factors of a learned, plain LoRA adapter.
+    ``second_adapter``: that adapter stays frozen and a second one on top of it trains
+    (:meth:`Recipe.second_adapter`); what is saved is their stack (:mod:`unfed.models.second`).
     """
 
     history: frozenset[HistoryKind] = frozenset()
@@ -158,6 +163,8 @@ class Demands:
     method: bool = False
     replay: bool = False
     linear: bool = False
+    lora: bool = False
+    second_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,11 @@ class Recipe(Hyperparameters):
         del situation
         return self.promise
 
+    def second_adapter(self, learned: AdapterState, scaling: Mapping[str, float]) -> SecondAdapter:
+        """The shape of the adapter that trains on top of the ``learned`` one, for a recipe that demands one;
+        ``scaling``: alpha/r of each module of the learned one. Raises ``AdapterError`` for modules that it lacks."""
+        raise NotImplementedError
+
     def plan(self, given: Ingredients) -> Plan:
         """The order of work. Pure: the same ingredients give the same plan, so a resumed run may ask again."""
         raise NotImplementedError
@@ -205,6 +217,8 @@ class Recipe(Hyperparameters):
 def unmet(recipe: Recipe, situation: Situation) -> list[str]:
     """Every reason why ``recipe`` cannot be followed, in words that name the key and the way out."""
     wants, source, key = recipe.demands, situation.source, f"recipe={recipe.name}"
+    if (wants.lora or wants.second_adapter) and situation.no_lora is not None:
+        return [f"{key}: {situation.no_lora}"]
     needs_source = wants.source or wants.replay or wants.linear or bool(wants.history)
     if needs_source and source is None:
         what = "needs the run directory of the fine-tuning (its run.json and what it kept)"

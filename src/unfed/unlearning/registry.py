@@ -15,9 +15,12 @@ from unfed.unlearning.fedosd import FedOSD
 from unfed.unlearning.interleaved import Interleaved
 from unfed.unlearning.isolated import Isolated
 from unfed.unlearning.local_then_recover import LocalThenRecover
+from unfed.unlearning.not_lora import NotLora
 from unfed.unlearning.pga import PGA
 from unfed.unlearning.retrain import Retrain, Rollback
 from unfed.unlearning.subtract import Subtract
+from unfed.unlearning.task_arithmetic import TaskArithmetic
+from unfed.unlearning.unlearning_adapter import UnlearningAdapter
 
 RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
     {
@@ -33,6 +36,9 @@ RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
             Subtract,
             DistillRecipe,
             Isolated,
+            UnlearningAdapter,
+            TaskArithmetic,
+            NotLora,
         )
     }
 )
