@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import build_aggregator
+from unfed.app import build
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, RunDir
-from unfed.app.schedules import finetune_schedule, ingredients_of
+from unfed.app.schedules import alone, finetune_schedule, ingredients_of
 from unfed.base.artifacts import read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
 from unfed.base.types import ServerState, Split
@@ -40,18 +42,24 @@ def recipe_of(config: RunConfig) -> Recipe:
     return build_recipe(given.name, given.params) if given is not None else build_recipe("local_then_recover", {})
 
 
-def source_directory(config: RunConfig) -> Path | None:
-    """The run directory of the fine-tuning that the adapter comes from, through all unlearning runs in between."""
+def made_by(config: RunConfig) -> tuple[Path | None, Mapping[str, Any]]:
+    """The run that made the model to start from: its directory and its ``run.json`` (``None`` and nothing: no run)."""
     args = config.model.model_args
     for named in (args.lora_model_path, args.pretrained_model_name_or_path):
         place = Path(named) if named is not None else None
-        if place is None or not (place / RUN_FILE).is_file():
-            continue
-        record = read_json(place / RUN_FILE)
-        if record.get("mode") == "finetune":
-            return place
-        if record.get("mode") == "unlearn" and (source := record.get("source")) is not None:
-            return Path(source) if (Path(source) / RUN_FILE).is_file() else None
+        if place is not None and (place / RUN_FILE).is_file():
+            record = read_json(place / RUN_FILE)
+            return place, record if isinstance(record, Mapping) else {}
+    return None, {}
+
+
+def source_directory(config: RunConfig) -> Path | None:
+    """The run directory of the fine-tuning that the adapter comes from, through all unlearning runs in between."""
+    place, record = made_by(config)
+    if record.get("mode") == "finetune":
+        return place
+    if record.get("mode") == "unlearn" and (source := record.get("source")) is not None:
+        return Path(source) if (Path(source) / RUN_FILE).is_file() else None
     return None
 
 
@@ -80,13 +88,14 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
     """The configuration that the recipe really runs, and the fine-tuning that it goes back to.
 
     A recipe that trains again (``Demands.replay``) takes over that run's model, seed, data, training settings,
-    partition and aggregator; output, evaluation and what is to be forgotten stay this run's own.
+    partition and aggregator; output, evaluation and what is to be forgotten stay this run's own. Left out are the
+    forget rows, and what ``config`` leaves out already: what was forgotten before (:func:`unfed.app.requests.settle`).
     """
-    place = source_directory(config)
-    if place is None or config.recipe is None:
+    place = source_directory(config) if config.mode == "unlearn" else None
+    if place is None:
         return config, None
     source, made = read_source(place)
-    if not recipe_of(config).demands.replay:
+    if config.recipe is None or not recipe_of(config).demands.replay:
         return config, source
     assert config.trainer is not None
     if made.mode != "finetune" or made.trainer is None or made.data.train is None:
@@ -102,6 +111,8 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
         method_args=replace(config.trainer.method_args, num_clients=None, unlearn_epochs=None, **taken),
     )
     manifest = str(place / PARTITION_FILE)
+    gone = build.left_out(config) | {e["id"] for e in build.forget_rows(config)} | set(made.data.exclude_ids)
+    data = replace(config.data, retain=made.data.train, exclude=made.data.exclude, exclude_ids=tuple(sorted(gone)))
     return (
         replace(
             config,
@@ -111,16 +122,32 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             aggregator=made.aggregator,
             collator=made.collator,
             partition=replace(made.partition, manifest=manifest),
-            data=replace(config.data, retain=made.data.train, exclude=config.data.forget),
+            data=data,
         ),
         source,
     )
 
 
-def situation_of(partition: Partition, retain: set[str], targets: list[str], source: Source | None) -> Situation:
-    """Who is to forget and who is to keep; ``retain`` are the ids of the rows that stay."""
-    retainers = tuple(c for c, ids in partition.clients.items() if any(i in retain for i in ids))
-    return Situation(tuple(targets), retainers, source)
+def situation_of(
+    recipe: Recipe,
+    partition: Partition,
+    retain: AbstractSet[str],
+    targets: Sequence[str],
+    source: Source | None,
+    before: AbstractSet[str] = frozenset(),
+) -> Situation:
+    """Who is to forget and who is to keep; ``retain`` are the ids of the rows that stay, ``before`` of those that were
+    forgotten earlier. A recipe that trains again from the fine-tuning's own start or rounds has to leave out those as
+    well, so that their owners are targets of it."""
+    retainers = _owning(partition, retain)
+    earlier = _owning(partition, before)
+    if recipe.demands.replay:
+        targets = [c for c in partition.clients if c in {*targets, *earlier}]
+    return Situation(tuple(targets), retainers, source, earlier)
+
+
+def _owning(partition: Partition, rows: AbstractSet[str]) -> tuple[str, ...]:
+    return tuple(c for c, ids in partition.clients.items() if not rows.isdisjoint(ids))
 
 
 def refuse_unmet(config: RunConfig, situation: Situation) -> None:
@@ -176,6 +203,8 @@ def plan_of(
         return Plan(finetune_schedule(config, args, clients, rule)), {}
     recipe, given = recipe_of(config), ingredients_of(config, args, situation, rule, loaded)
     plan = recipe.plan(given)
+    if config.forget.given:  # a forget_split is chosen by hand, and a method that cannot do with it is refused
+        plan = replace(plan, schedule=alone(plan.schedule, clients))
     cost = expected_cost(plan, clients, args, given.start.nbytes)
     source = situation.source
     notes = {"recipe": announce(recipe, plan, given, cost)}

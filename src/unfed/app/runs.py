@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unfed.app import build, encode, methods, recipes
+from unfed.app import build, encode, methods, recipes, requests
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -25,7 +25,6 @@ from unfed.app.rundir import (
     RunDir,
     open_run,
     refuse_unfinished,
-    seen_rows,
     training_identity,
 )
 from unfed.app.schedules import resolved_settings
@@ -63,12 +62,14 @@ class RunResult:
 def run(config: RunConfig) -> RunResult:
     """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend."""
     try:
+        config, before = requests.settle(config)
         if config.mode == "unlearn" and config.oracle == "auto":
-            _prepared(*recipes.settled(config))  # a mistake of the run itself is found before its oracle is trained
+            # A mistake of the run itself is found before its oracle is trained.
+            _prepared(*recipes.settled(config), before)
             config = with_oracle(config, run)
         if config.mode == "eval":
             return evaluate_only(config)
-        return train(*recipes.settled(config))
+        return train(*recipes.settled(config), before)
     except torch.OutOfMemoryError as e:
         raise UnfedError(advice.out_of_memory(_memory_settings(config), str(e))) from e
 
@@ -122,7 +123,9 @@ def _same_base(loaded: LoadedModel) -> None:
         )
 
 
-def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Partition, str, Situation]:
+def _prepared(
+    config: RunConfig, source: Source | None, before: Sequence[requests.Forgotten]
+) -> tuple[build.Rows, Partition, str, Situation]:
     """What can be known of a training without its model: rows, partition and where it comes from, who unlearns."""
     build.refuse_unknown(config)
     if config.resume:
@@ -136,17 +139,20 @@ def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Par
     if config.mode == "finetune":
         return rows, partition, where, Situation((), ())
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
-    situation = recipes.situation_of(partition, {e["id"] for e in rows.retain}, targets, source)
+    gone = {i for request in before for i in request["ids"]}
+    retain = {e["id"] for e in rows.retain}
+    situation = recipes.situation_of(recipes.recipe_of(config), partition, retain, targets, source, gone)
     recipes.refuse_unmet(config, situation)
     return rows, partition, where, situation
 
 
-def train(config: RunConfig, source: Source | None = None) -> RunResult:
-    """Fine-tune or unlearn over the schedule, save, evaluate. ``source``: see :func:`unfed.app.recipes.settled`."""
+def train(config: RunConfig, source: Source | None = None, before: Sequence[requests.Forgotten] = ()) -> RunResult:
+    """Fine-tune or unlearn over the schedule, save, evaluate. ``source``: see :func:`unfed.app.recipes.settled`;
+    ``before``: see :func:`unfed.app.requests.settle`."""
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
     identity = training_identity(config)
-    rows, partition, where, situation = _prepared(config, source)
+    rows, partition, where, situation = _prepared(config, source, before)
     with open_run(config) as directory:
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
@@ -168,6 +174,8 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
         partition.write(directory.path / PARTITION_FILE)
         probe = probe_forget_loss(local, clients, situation.targets, loaded)
         base = {"base": loaded.base, "base_fingerprint": loaded.fingerprint}
+        if config.mode == "unlearn":
+            notes["forgotten"] = requests.note(config, rows.forget, partition, before)
         directory.note(schedule=schedule.table(), settings=settings, **base, **probe, **notes)
         with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
             reporter = Reporter(schedule, state.round, track)
@@ -185,7 +193,8 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
             finally:
                 reporter.close()
         warnings = [*warnings_of(schedule, client, keeper.records), *left_out(schedule, keeper.records)]
-        _save(directory, loaded, local, state, clients, rows)
+        seen = requests.seen_after(config, rows, loaded.adapter_path, source)
+        _save(directory, loaded, local, state, clients, seen)
         directory.note(rounds=keeper.records, warnings=warnings, adapter=state.adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
@@ -210,7 +219,7 @@ def _save(
     local: Local,
     state: ServerState,
     clients: Mapping[str, ClientData],
-    rows: build.Rows,
+    seen: Sequence[str],
 ) -> None:
     save_adapter(loaded.model, state.adapter, directory.path)
     try:
@@ -222,7 +231,7 @@ def _save(
         "base_fingerprint": loaded.fingerprint,
         "adapter": state.adapter.digest(),
     }
-    write_json(directory.path / TRAIN_ROWS_FILE, sorted(seen_rows(loaded.adapter_path) | rows.ids()))
+    write_json(directory.path / TRAIN_ROWS_FILE, list(seen))
     probe = forget_loss(local, clients)  # save_adapter has written the final adapter into the model
     if probe is not None:
         origin["forget_loss"] = probe

@@ -32,7 +32,8 @@ class ModelConfig:
 class MethodArgs:
     """``trainer.method_args``: the shape of a federated run.
 
-    ``target_client_idx``: an index, or ``all`` for every client that owns forget rows. ``unlearn_trainer_cls``,
+    ``target_client_idx``: an index, or ``all`` for every client that owns forget rows; ``None``: ``all`` where
+    ``forget.*`` says what to forget, else 0. ``unlearn_trainer_cls``,
     ``aggregation_strategy`` and ``schedule`` name the method, the aggregator and the recipe as ``method=``,
     ``aggregator=`` and ``recipe=`` do.
     Local epochs of one round are ``trainer.args.num_train_epochs``; ``unlearn_epochs`` are the target's own.
@@ -40,7 +41,7 @@ class MethodArgs:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     num_clients: int | None = None  # None: as partition.json says, else 3
-    target_client_idx: int | Literal["all"] = 0
+    target_client_idx: int | Literal["all"] | None = None
     unlearn_trainer_cls: str | None = None
     aggregation_strategy: str | None = None
     global_rounds: int = 2
@@ -125,11 +126,36 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
+class ForgetConfig:
+    """What to forget, among the rows of the fine-tuning: everything that any of these names.
+
+    ``ids``: rows as in ``partition.json``; ``clients``: by name or index; ``authors``: people, with all their rows;
+    ``topics``: words, and rows whose TF-IDF cosine to them is at least ``topic_threshold``.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    ids: tuple[str, ...] = ()
+    clients: tuple[int | str, ...] = ()
+    authors: tuple[str, ...] = ()
+    topics: tuple[str, ...] = ()
+    topic_threshold: float = 0.2
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is named; if not, ``data.forget`` says what to forget."""
+        return bool(self.ids or self.clients or self.authors or self.topics)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Fine-tuning reads ``train`` (and ``forget``, to know which rows the target client will own);
     unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list), ``alternate``
     one of other answers to the forget questions, used instead of refusals (``unfed alternates`` writes it). Rows of
-    ``exclude`` are left out of ``train`` and ``retain``: what an oracle must not see, or what was forgotten before."""
+    ``exclude`` are left out of ``train`` and ``retain``: what an oracle must not see.
+
+    Ids that a run settles for itself (see :mod:`unfed.app.requests`): ``forget_ids`` are the rows of ``forget`` to be
+    forgotten (none: all), and are not retained; ``exclude_ids`` are left out like the rows of ``exclude``.
+    """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     train: DatasetConfig | None = None
@@ -138,6 +164,8 @@ class DataConfig:
     exclude: DatasetConfig | None = None
     idk: str | None = None
     alternate: str | None = None
+    forget_ids: tuple[str, ...] = ()
+    exclude_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,6 +288,7 @@ class RunConfig:
     aggregator: AggregatorConfig | None = None
     recipe: RecipeConfig | None = None
     history: HistoryConfig = HistoryConfig()
+    forget: ForgetConfig = ForgetConfig()
     engine: EngineConfig = EngineConfig()
     partition: PartitionConfig = PartitionConfig()
     data: DataConfig = DataConfig()
