@@ -95,26 +95,41 @@ def _refuse_all_or_nothing(ids: Sequence[str], wanted: set[str], there: set[str]
         raise UnfedError(f"forget: names all of the {len(there)} rows that are left; a model keeps one at least")
 
 
-def settle(config: RunConfig) -> tuple[RunConfig, tuple[Forgotten, ...]]:
+def settle(config: RunConfig, since: Sequence[Forgotten] = ()) -> tuple[RunConfig, tuple[Forgotten, ...]]:
     """The configuration with the rows that it forgets and leaves out by their ids, and the requests before this one.
 
     Where ``forget.*`` names anything, the rows are those of the fine-tuning that the adapter comes from: the named ones
-    to be forgotten, all others to be retained. Whatever was forgotten before is not retained in either case. What was
-    found is printed. A settled configuration comes back as it is.
+    to be forgotten, all others to be retained. Whatever was forgotten before is not retained in either case, and not
+    forgotten again. What was found is printed. A settled configuration comes back as it is. ``since``: requests that
+    will have been met by then, and stand in no ``run.json`` yet.
     """
     if config.mode != "unlearn":
         return config, ()
-    before = forgotten_before(config)
+    before = (*forgotten_before(config), *since)
     gone = {i for request in before for i in request["ids"]}
     data = replace(config.data, exclude_ids=tuple(sorted(gone | set(config.data.exclude_ids))))
     config = replace(config, data=data)
-    if not config.forget.given or data.forget_ids:
+    if data.forget_ids or (not config.forget.given and not gone):
         return config, before
+    if not config.forget.given:
+        return replace(config, data=replace(data, forget_ids=_not_again(config, gone))), before
     found, made, partition = selected(config, gone)
     _tell(found, partition)
     train, gone = made.data.train, set(data.exclude_ids) | build.left_out(made)
     data = replace(data, forget=train, retain=train, forget_ids=found.ids, exclude_ids=tuple(sorted(gone)))
     return replace(config, data=data), before
+
+
+def _not_again(config: RunConfig, gone: set[str]) -> tuple[str, ...]:
+    """Ids of the rows of ``data.forget`` that are not forgotten yet; none where that is all of them."""
+    asked = [row["id"] for row in build.forget_rows(config)]
+    left = tuple(i for i in asked if i not in gone)
+    if not left:
+        raise UnfedError(f"forget_split: all of its {len(asked)} rows were forgotten before; nothing is left of them")
+    if len(left) == len(asked):
+        return ()
+    say(f"forget: {len(left)} rows of forget_split; {len(asked) - len(left)} more were forgotten before")
+    return left
 
 
 def selected(config: RunConfig, before: set[str]) -> tuple[Selection, RunConfig, Partition]:

@@ -65,7 +65,7 @@ def run(config: RunConfig) -> RunResult:
         config, before = requests.settle(config)
         if config.mode == "unlearn" and config.oracle == "auto":
             # A mistake of the run itself is found before its oracle is trained.
-            _prepared(*recipes.settled(config), before)
+            prepared(*recipes.settled(config), before)
             config = with_oracle(config, run)
         if config.mode == "eval":
             return evaluate_only(config)
@@ -123,10 +123,13 @@ def _same_base(loaded: LoadedModel) -> None:
         )
 
 
-def _prepared(
+def prepared(
     config: RunConfig, source: Source | None, before: Sequence[requests.Forgotten]
 ) -> tuple[build.Rows, Partition, str, Situation]:
-    """What can be known of a training without its model: rows, partition and where it comes from, who unlearns."""
+    """What can be known of a training without its model: rows, partition and where it comes from, who unlearns.
+
+    ``config`` and ``source``: see :func:`unfed.app.recipes.settled`. Raises ``UnfedError`` for what cannot be done.
+    """
     build.refuse_unknown(config)
     if config.resume:
         Checkpoints(Path(config.paths.output_dir), training_identity(config)).check()
@@ -152,7 +155,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
     identity = training_identity(config)
-    rows, partition, where, situation = _prepared(config, source, before)
+    rows, partition, where, situation = prepared(config, source, before)
     with open_run(config) as directory:
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
