@@ -15,14 +15,14 @@ from unfed.app import recipes, requests
 from unfed.app.evaluate import suite_of
 from unfed.app.probe import origin_of
 from unfed.app.progress import console, say
-from unfed.app.rundir import RUN_FILE, plain, run_status
+from unfed.app.rundir import RUN_FILE, plain
 from unfed.app.runs import open_model, prepared, run
+from unfed.app.stages import carry_on, is_done
 from unfed.base.artifacts import digest_json, read_json, write_json
 from unfed.base.errors import ConfigError, UnfedError
 from unfed.base.types import Example
 from unfed.config.schema import EvalConfig, ForgetConfig, HistoryConfig, RunConfig
 from unfed.evaluation.runner import evaluate
-from unfed.federated.checkpoint import Checkpoints
 from unfed.models.load import LoadedModel
 from unfed.report.sequence import START, Asked, Look, Scores, SequenceReport, table, write_sequence_page
 
@@ -70,7 +70,7 @@ def run_sequence(plan: Plan) -> SequenceReport:
     keep, place = True, None
     for entry in asked:
         config = plan.steps[entry.name] if place is None else _from(plan.steps[entry.name], place)
-        keep = _step(plan, config, entry, old, record, keep)
+        keep = _step(plan, config, entry, record, keep)
         place = Path(config.paths.output_dir)
         looks.append(_look(plan, ahead, old, record, (entry.name, config)))
         _show(SequenceReport(plan.title, plan.command, asked, looks))
@@ -121,27 +121,21 @@ def _from(config: RunConfig, place: Path) -> RunConfig:
     return replace(config, model=replace(config.model, model_args=args))
 
 
-def _step(
-    plan: Plan, config: RunConfig, entry: Asked, old: Mapping[str, Any], record: dict[str, Any], keep: bool
-) -> bool:
+def _step(plan: Plan, config: RunConfig, entry: Asked, record: dict[str, Any], keep: bool) -> bool:
     """Meet a request, or keep it where it was met; whether it was kept. ``keep``: all before it were."""
     place = Path(config.paths.output_dir)
-    given = digest_json([_lasting(config), _adapter(config)])
-    before = next((r for r in old.get("requests", ()) if r.get("name") == entry.name), {})
-    same = keep and before.get("given") == given
-    known: dict[str, Any] = {**asdict(entry), "given": given}
+    known: dict[str, Any] = asdict(entry)
     record["requests"].append(known)
-    if same and run_status(place) == "finished" and before.get("adapter") == read_json(place / RUN_FILE).get("adapter"):
+    kept = keep and is_done(config)
+    if kept:
         say(f"\n== {entry.name}: done before, kept ({place})")
-        known["adapter"] = before["adapter"]
-        return True
-    say(f"\n== {entry.name}: {entry.what}, {entry.rows} rows")
-    write_json(plan.directory / SEQUENCE_FILE, record)
-    resume = same and run_status(place) != "finished" and Checkpoints(place, {}).exist()
-    run(replace(config, resume=resume, overwrite=not resume))
+    else:
+        say(f"\n== {entry.name}: {entry.what}, {entry.rows} rows")
+        write_json(plan.directory / SEQUENCE_FILE, record)
+        carry_on(config, run)
     known["adapter"] = read_json(place / RUN_FILE).get("adapter")
     write_json(plan.directory / SEQUENCE_FILE, record)
-    return False
+    return kept
 
 
 def _lasting(config: RunConfig) -> dict[str, Any]:
