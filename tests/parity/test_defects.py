@@ -24,7 +24,8 @@ from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import AdapterError, ConfigError, UnfedError
 from unfed.base.types import AdapterState, ClientUpdate, ServerState
-from unfed.config.schema import AggregatorConfig, EvalConfig, GenerationConfig, MethodConfig
+from unfed.config.schema import AggregatorConfig, EvalConfig, MethodConfig
+from unfed.config.schema_eval import GenerationConfig
 from unfed.data.chat import Template, encode_rows
 from unfed.data.collate import collate
 from unfed.data.partition import Partition

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import ConfigError
-from unfed.config.schema import EvalConfig, GenerationConfig
+from unfed.config.schema import EvalConfig
+from unfed.config.schema_eval import GenerationConfig
 from unfed.data.chat import encode_rows
 from unfed.data.datasets import DatasetSpec, load_rows
 from unfed.data.spec import Template

@@ -13,7 +13,8 @@ from unfed.app import oracle as oracles
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
-from unfed.config.schema import DatasetConfig, EvalConfig, GenerationConfig
+from unfed.config.schema import DatasetConfig, EvalConfig
+from unfed.config.schema_eval import GenerationConfig
 
 METRICS = ("forget_quality", "forget_Q_A_Prob", "utility")
 

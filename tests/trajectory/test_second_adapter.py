@@ -18,7 +18,7 @@ from unfed.app.second import SECOND_DIR, revert
 from unfed.base.artifacts import digest_file, read_json, read_tensors
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
 from unfed.cli.main import main
-from unfed.config.schema import EvalConfig, PartitionConfig, RecipeConfig
+from unfed.config.schema import EvalConfig, ForgetConfig, PartitionConfig, RecipeConfig
 from unfed.federated.client import Client
 
 ROUNDING = 2e-6
@@ -205,12 +205,13 @@ def test_evaluation_between_and_after_the_rounds_changes_no_byte(forgetting, don
 
 def test_a_further_run_goes_on_from_the_stack(forgetting, done, small_base, tmp_path):
     """It is an ordinary adapter: of another recipe, and of a second adapter again."""
-    first = done("unlearning_adapter")
-    config = forgetting(tmp_path / "plain", "unlearning_adapter", first)
+    first, others = done("unlearning_adapter"), ForgetConfig(clients=("client_1",))
+    config = dataclasses.replace(forgetting(tmp_path / "plain", "unlearning_adapter", first), forget=others)
     plain = run(dataclasses.replace(config, recipe=RecipeConfig("local_then_recover")))
-    assert read_json(plain.directory / "run.json")["forget_loss_agrees"] is True
-    again = run(forgetting(tmp_path / "again", "unlearning_adapter", first, settings={"layers": "layers\\.1\\."}))
-    assert read_json(again.directory / "run.json")["forget_loss_agrees"] is True
+    assert plain.records[0].adapter_before == read_tensors(first / "adapter_model.safetensors").digest()
+    layers = {"layers": "layers\\.1\\."}
+    config = forgetting(tmp_path / "again", "unlearning_adapter", first, settings=layers)
+    again = run(dataclasses.replace(config, forget=others))
     config = read_json(again.directory / "adapter_config.json")
     assert config["r"] == 7 and set(config["rank_pattern"].values()) == {10} and len(config["rank_pattern"]) == 3
     both = logits(opened(small_base, first, again.directory / SECOND_DIR))

@@ -10,7 +10,14 @@ import pytest
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import ConfigError, UnfedError
-from unfed.config.schema import AggregatorConfig, DatasetConfig, HistoryConfig, PartitionConfig, RecipeConfig
+from unfed.config.schema import (
+    AggregatorConfig,
+    DatasetConfig,
+    ForgetConfig,
+    HistoryConfig,
+    PartitionConfig,
+    RecipeConfig,
+)
 from unfed.data.datasets import load_rows
 from unfed.data.partition import Partition
 from unfed.federated.client import Client
@@ -142,10 +149,12 @@ def test_it_is_refused_with_the_reason(small_run, summed, finetuned, tmp_path, c
 
 def test_what_was_forgotten_since_is_not_brought_back(small_run, two_rounds, tmp_path):
     first = run(forgetting(small_run, two_rounds, tmp_path / "first")).directory
+    next_one = ForgetConfig(clients=("client_1",))
     with pytest.raises(ConfigError, match=r"would bring back what was forgotten since"):
-        run(forgetting(small_run, first, tmp_path / "second"))
-    again = run(forgetting(small_run, first, tmp_path / "again", renormalize=False)).directory
-    own = History(two_rounds).sums("client_0").own
+        run(dataclasses.replace(forgetting(small_run, first, tmp_path / "second"), forget=next_one))
+    config = forgetting(small_run, first, tmp_path / "again", renormalize=False)
+    again = run(dataclasses.replace(config, forget=next_one)).directory
+    own = History(two_rounds).sums("client_1").own
     assert distance(adapter(again), {n: adapter(first)[n] - t for n, t in own.items()}) == 0
 
 

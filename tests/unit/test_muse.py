@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unfed.app.evaluate import evaluation_rows, suite_of
 from unfed.base.errors import DataError
 from unfed.base.types import IGNORE_INDEX
-from unfed.config.schema import EvalConfig, GenerationConfig
+from unfed.config.schema import EvalConfig
+from unfed.config.schema_eval import GenerationConfig
 from unfed.data.benchmarks import muse_splits
 from unfed.data.spec import Template
 from unfed.data.texts import encode_completions, encode_texts

@@ -27,8 +27,9 @@ def test_every_name_is_used_somewhere():
     """A field that nothing reads would be a setting without effect."""
     from unfed.app import tracking
     from unfed.federated import client
+    from unfed.training import precision
 
-    code = "".join(inspect.getsource(m) for m in (args, loop, runs, client, tracking))
+    code = "".join(inspect.getsource(m) for m in (args, loop, precision, runs, client, tracking))
     unread = [
         f.name for f in dataclasses.fields(LoopArgs) if f"args.{f.name}" not in code and f"self.{f.name}" not in code
     ]

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from unfed.app.build import forget_rows
 from unfed.app.progress import say
+from unfed.app.requests import settle
 from unfed.app.runs import open_model
 from unfed.base.artifacts import atomic_path
 from unfed.base.errors import ConfigError, UnfedError
@@ -17,7 +19,6 @@ from unfed.base.types import Example
 from unfed.config.schema import RunConfig
 from unfed.data.alternates import cleaned, request
 from unfed.data.chat import encode_prompts
-from unfed.data.datasets import load_rows
 from unfed.data.spec import Template
 from unfed.models.generate import Decoding, generate_all
 from unfed.models.load import LoadedModel
@@ -52,10 +53,11 @@ def write_alternates(config: RunConfig, output: Path, wanted: Wanted = Wanted())
     ``output`` gets JSON lines with ``id``, ``question``, ``answer`` and ``alternate``, a line for each alternate, in
     the order of the rows. A seed gives the same file. Raises ``UnfedError`` when a question was left without any.
     """
+    config, _ = settle(config)
     spec = config.data.forget
     if spec is None or spec.question_key is None:
         raise ConfigError(["data.forget: alternates are answers to its questions, and it has none"])
-    rows = load_rows(spec, config.paths.data_dir)
+    rows = forget_rows(config)
     loaded = open_model(config, trainable=False)
     found = _ask(loaded, config.model.template_args, rows, wanted, config.seed)
     without = [e["question"] for e in rows if not found[e["id"]]]

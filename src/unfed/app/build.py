@@ -81,13 +81,12 @@ def read_rows(config: RunConfig) -> Rows:
                 ["data.train: fine-tuning needs a training set (experiment=finetune/tofu/default sets one)"]
             )
         forget = _load(config.data.forget, data_dir) if config.partition.scheme == "target" else ()
-        left_out = {e["id"] for e in _load(config.data.exclude, data_dir)}
-        train = tuple(e for e in _load(config.data.train, data_dir) if e["id"] not in left_out)
+        train = _without(_load(config.data.train, data_dir), left_out(config))
         if not train:
             raise DataError("data.exclude: leaves no row of data.train")
         return Rows(train=train, forget=forget)
-    forget, left_out = _load(config.data.forget, data_dir), {e["id"] for e in _load(config.data.exclude, data_dir)}
-    rows = Rows(forget=forget, retain=tuple(e for e in _load(config.data.retain, data_dir) if e["id"] not in left_out))
+    gone = left_out(config) | set(config.data.forget_ids)
+    rows = Rows(forget=forget_rows(config), retain=_without(_load(config.data.retain, data_dir), gone))
     if not rows.forget:
         raise ConfigError(["data.forget: unlearning needs a forget set (experiment=unlearn/tofu/default sets one)"])
     both = {e["id"] for e in rows.forget} & {e["id"] for e in rows.retain}
@@ -97,6 +96,21 @@ def read_rows(config: RunConfig) -> Rows:
             "together (forget01 with retain99, forget05 with retain95, forget10 with retain90)"
         )
     return rows
+
+
+def forget_rows(config: RunConfig) -> tuple[Example, ...]:
+    """The rows that an unlearning run is to forget."""
+    rows, chosen = _load(config.data.forget, config.paths.data_dir), set(config.data.forget_ids)
+    return tuple(e for e in rows if e["id"] in chosen) if chosen else rows
+
+
+def left_out(config: RunConfig) -> set[str]:
+    """Ids of the rows that are neither trained on nor retained (``data.exclude``, ``data.exclude_ids``)."""
+    return {e["id"] for e in _load(config.data.exclude, config.paths.data_dir)} | set(config.data.exclude_ids)
+
+
+def _without(rows: Sequence[Example], gone: set[str]) -> tuple[Example, ...]:
+    return tuple(e for e in rows if e["id"] not in gone)
 
 
 def _load(config: DatasetConfig | None, data_dir: str | None) -> tuple[Example, ...]:
@@ -158,7 +172,7 @@ def _deal(config: RunConfig, rows: Rows, dealt: Sequence[Example], clients: int)
         scheme=config.partition.scheme,
         rest=config.partition.rest,
         alpha=config.partition.alpha,
-        target_client_idx=0 if target == "all" else target,
+        target_client_idx=target if isinstance(target, int) else 0,
         target_shares=config.partition.target_shares,
     )
     forget = {e["id"] for e in rows.forget} & {e["id"] for e in dealt}
@@ -172,6 +186,8 @@ def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str
     assert config.trainer is not None
     owners = partition.owners(forget_ids)
     wanted = config.trainer.method_args.target_client_idx
+    if wanted is None:
+        wanted = "all" if config.forget.given else 0
     if wanted == "all" or not is_federated(config):
         return list(owners)
     names = partition.client_ids

@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unfed.app.build import forget_rows
 from unfed.app.evaluate import evaluation_rows
 from unfed.app.probe import origin_of
 from unfed.app.progress import say
+from unfed.app.recipes import made_by, source_directory
+from unfed.app.requests import settle
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, seen_rows, training_identity
 from unfed.app.stages import Start, carry_on
 from unfed.base.artifacts import digest_file, digest_json, read_json
@@ -57,18 +60,20 @@ def oracle_logs(config: RunConfig, start: Start) -> Path:
 
 
 def oracle_config(config: RunConfig) -> RunConfig:
-    """The fine-tuning that leaves out the forget rows of the unlearning run ``config``."""
-    if config.mode != "unlearn" or config.data.forget is None:
+    """The fine-tuning that leaves out the forget rows of the unlearning run ``config``, and all rows that the model
+    which it starts from has forgotten before."""
+    if config.mode != "unlearn":
         raise ConfigError([f"oracle: a run with mode={config.mode} has none; it belongs to an unlearning run"])
+    config, before = settle(config)
     source = finetuned_run(config)
     made = _configuration(source)
     assert made.data.train is not None
-    rows = {row["id"] for row in load_rows(config.data.forget, config.paths.data_dir)}
+    rows = {row["id"] for row in forget_rows(config)} | {i for request in before for i in request["ids"]}
     _check_rows(config, made, source, rows)
     manifest = source / PARTITION_FILE
     oracle = replace(
         made,
-        data=replace(made.data, exclude=config.data.forget),
+        data=replace(made.data, exclude_ids=tuple(sorted(rows | set(made.data.exclude_ids)))),
         partition=replace(made.partition, manifest=str(manifest)) if manifest.is_file() else made.partition,
         trainer=made.trainer and replace(made.trainer, args={**made.trainer.args, "eval_strategy": "no"}),
         eval=None,
@@ -114,11 +119,11 @@ def _check_rows(config: RunConfig, made: RunConfig, source: Path, forget: set[st
 
 
 def finetuned_run(config: RunConfig) -> Path:
-    """The directory of the fine-tuning that the run's adapter comes from."""
+    """The directory of the fine-tuning that the run's adapter comes from, through the unlearning runs in between."""
+    place = source_directory(config) or made_by(config)[0]
+    if place is not None:
+        return place
     args = config.model.model_args
-    for place in (args.lora_model_path, args.pretrained_model_name_or_path):
-        if place is not None and (Path(place) / RUN_FILE).is_file():
-            return Path(place)
     named = args.lora_model_path or args.pretrained_model_name_or_path
     raise UnfedError(
         f"oracle=auto: {named} has no {RUN_FILE} that says how it was trained, so its oracle cannot be trained in the "
@@ -137,9 +142,9 @@ def _configuration(source: Path) -> RunConfig:
         )
     if made.mode != "finetune":
         raise UnfedError(
-            f"oracle=auto: {source} was made by mode={made.mode}, and an oracle is trained as a fine-tuned model was: "
-            "train and evaluate it yourself, without all rows that were ever to be forgotten, and give its result file "
-            "as retain_logs_path"
+            f"oracle=auto: {source} was made by mode={made.mode}, and the fine-tuning that it goes back to is not "
+            "there, so its oracle cannot be trained in the same way: train and evaluate it yourself, without all rows "
+            "that were ever to be forgotten, and give its result file as retain_logs_path"
         )
     return made
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unfed.aggregation.base import Aggregator, WeightedMean
 from unfed.aggregation.registry import build_aggregator
-from unfed.app.build import Rows
+from unfed.app import build
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, RunDir
-from unfed.app.schedules import finetune_schedule, ingredients_of
+from unfed.app.schedules import alone, finetune_schedule, ingredients_of
 from unfed.base.artifacts import digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
 from unfed.base.types import AdapterState, ServerState, Split
@@ -42,27 +43,25 @@ def recipe_of(config: RunConfig) -> Recipe:
     return build_recipe(given.name, given.params) if given is not None else build_recipe("local_then_recover", {})
 
 
-def source_directory(config: RunConfig) -> Path | None:
-    """The run directory of the fine-tuning that the adapter comes from, through all unlearning runs in between."""
-    for place, record in _named_runs(config):
-        if record.get("mode") == "finetune":
-            return place
-        if record.get("mode") == "unlearn" and (source := record.get("source")) is not None:
-            return Path(source) if (Path(source) / RUN_FILE).is_file() else None
-    return None
-
-
-def opened_run(config: RunConfig) -> Path | None:
-    """The run directory of the adapter that is to forget."""
-    modes = ("finetune", "unlearn")
-    return next((place for place, record in _named_runs(config) if record.get("mode") in modes), None)
-
-
-def _named_runs(config: RunConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
+def made_by(config: RunConfig) -> tuple[Path | None, Mapping[str, Any]]:
+    """The run that made the model to start from: its directory and its ``run.json`` (``None`` and nothing: no run)."""
     args = config.model.model_args
     for named in (args.lora_model_path, args.pretrained_model_name_or_path):
-        if named is not None and (Path(named) / RUN_FILE).is_file():
-            yield Path(named), read_json(Path(named) / RUN_FILE)
+        place = Path(named) if named is not None else None
+        if place is not None and (place / RUN_FILE).is_file():
+            record = read_json(place / RUN_FILE)
+            return place, record if isinstance(record, Mapping) else {}
+    return None, {}
+
+
+def source_directory(config: RunConfig) -> Path | None:
+    """The run directory of the fine-tuning that the adapter comes from, through all unlearning runs in between."""
+    place, record = made_by(config)
+    if record.get("mode") == "finetune":
+        return place
+    if record.get("mode") == "unlearn" and (source := record.get("source")) is not None:
+        return Path(source) if (Path(source) / RUN_FILE).is_file() else None
+    return None
 
 
 def read_source(place: Path) -> tuple[Source, RunConfig]:
@@ -91,21 +90,21 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
     """The configuration that the recipe really runs, and the fine-tuning that it goes back to.
 
     A recipe that trains again (``Demands.replay``) takes over that run's model, seed, data, training settings,
-    partition and aggregator; output, evaluation and what is to be forgotten stay this run's own.
+    partition and aggregator; output, evaluation and what is to be forgotten stay this run's own. Left out are the
+    forget rows, and what ``config`` leaves out already: what was forgotten before (:func:`unfed.app.requests.settle`).
     """
-    place = source_directory(config)
-    if place is None or config.recipe is None:
+    place = source_directory(config) if config.mode == "unlearn" else None
+    if place is None:
         return config, None
     source, made = read_source(place)
-    opened = opened_run(config)
+    opened, recipe = made_by(config)[0], recipe_of(config)
     source = replace(source, opened=opened if opened != place else None)
-    demands = recipe_of(config).demands
-    if demands.source and made.recipe is not None and config.recipe.name != made.recipe.name:
+    if recipe.demands.source and made.recipe is not None and recipe.name != made.recipe.name:
         raise UnfedError(
-            f"recipe={config.recipe.name}: {place} was fine-tuned in isolated shards; use recipe=isolated (exact), or "
+            f"recipe={recipe.name}: {place} was fine-tuned in isolated shards; use recipe=isolated (exact), or "
             "recipe=local_then_recover"
         )
-    if not demands.replay:
+    if config.recipe is None or not recipe.demands.replay:
         return config, source
     assert config.trainer is not None
     if made.mode != "finetune" or made.trainer is None or made.data.train is None:
@@ -121,6 +120,8 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
         method_args=replace(config.trainer.method_args, num_clients=None, unlearn_epochs=None, **taken),
     )
     manifest = str(place / PARTITION_FILE)
+    gone = build.left_out(config) | {e["id"] for e in build.forget_rows(config)} | set(made.data.exclude_ids)
+    data = replace(config.data, retain=made.data.train, exclude=made.data.exclude, exclude_ids=tuple(sorted(gone)))
     return (
         replace(
             config,
@@ -130,16 +131,32 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             aggregator=made.aggregator,
             collator=made.collator,
             partition=replace(made.partition, manifest=manifest),
-            data=replace(config.data, retain=made.data.train, exclude=config.data.forget),
+            data=data,
         ),
         source,
     )
 
 
-def situation_of(partition: Partition, retain: set[str], targets: list[str], source: Source | None) -> Situation:
-    """Who is to forget and who is to keep; ``retain`` are the ids of the rows that stay."""
-    retainers = tuple(c for c, ids in partition.clients.items() if any(i in retain for i in ids))
-    return Situation(tuple(targets), retainers, source)
+def situation_of(
+    recipe: Recipe,
+    partition: Partition,
+    retain: AbstractSet[str],
+    targets: Sequence[str],
+    source: Source | None,
+    before: AbstractSet[str] = frozenset(),
+) -> Situation:
+    """Who is to forget and who is to keep; ``retain`` are the ids of the rows that stay, ``before`` of those that were
+    forgotten earlier. A recipe that trains again from the fine-tuning's own start or rounds has to leave out those as
+    well, so that their owners are targets of it."""
+    retainers = _owning(partition, retain)
+    earlier = _owning(partition, before)
+    if recipe.demands.replay:
+        targets = [c for c in partition.clients if c in {*targets, *earlier}]
+    return Situation(tuple(targets), retainers, source, earlier)
+
+
+def _owning(partition: Partition, rows: AbstractSet[str]) -> tuple[str, ...]:
+    return tuple(c for c, ids in partition.clients.items() if not rows.isdisjoint(ids))
 
 
 def refuse_unmet(config: RunConfig, situation: Situation) -> None:
@@ -176,7 +193,7 @@ def _asks_targets(plan: Plan) -> bool:
     return any(w.rows == "forget" for phase in plan.schedule.phases for w in phase.work.values())
 
 
-def with_proxy(config: RunConfig, rows: Rows, clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
+def with_proxy(config: RunConfig, rows: build.Rows, clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     """The clients with split ``proxy``, where the recipe asks for one; how many rows it leaves out is said.
 
     Raises ``ConfigError`` when it leaves none.
@@ -226,6 +243,8 @@ def plan_of(
         assert isinstance(recipe, Isolated)
         return recipe.first(given), {}
     plan = recipe.plan(given)
+    if config.forget.given:  # a forget_split is chosen by hand, and a method that cannot do with it is refused
+        plan = replace(plan, schedule=alone(plan.schedule, clients))
     cost = expected_cost(plan, clients, args, given.start.nbytes)
     source = situation.source
     notes = {"recipe": announce(recipe, plan, given, cost)}

@@ -14,7 +14,8 @@ from unfed.app.evaluate import another_model, evaluation_splits, suite_of
 from unfed.app.progress import console, say
 from unfed.base.artifacts import write_json
 from unfed.base.types import Example
-from unfed.config.schema import RobustnessConfig, RunConfig
+from unfed.config.schema import RunConfig
+from unfed.config.schema_eval import RobustnessConfig
 from unfed.data.datasets import data_digest, place_of
 from unfed.evaluation.logs import RUN_KEY
 from unfed.evaluation.robustness import CannotBeDoneError, Outcome, Subject

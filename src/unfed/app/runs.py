@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unfed.aggregation.base import Aggregator
-from unfed.app import build, encode, isolated, methods, recipes, second
+from unfed.app import build, encode, isolated, methods, recipes, requests, second
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -26,7 +26,6 @@ from unfed.app.rundir import (
     RunDir,
     open_run,
     refuse_unfinished,
-    seen_rows,
     training_identity,
 )
 from unfed.app.schedules import resolved_settings
@@ -65,12 +64,14 @@ class RunResult:
 def run(config: RunConfig) -> RunResult:
     """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend."""
     try:
+        config, before = requests.settle(config)
         if config.mode == "unlearn" and config.oracle == "auto":
-            _prepared(*recipes.settled(config))  # a mistake of the run itself is found before its oracle is trained
+            # A mistake of the run itself is found before its oracle is trained.
+            prepared(*recipes.settled(config), before)
             config = with_oracle(config, run)
         if config.mode == "eval":
             return evaluate_only(config)
-        return train(*recipes.settled(config))
+        return train(*recipes.settled(config), before)
     except torch.OutOfMemoryError as e:
         raise UnfedError(advice.out_of_memory(_memory_settings(config), str(e))) from e
 
@@ -134,8 +135,13 @@ def _same_base(loaded: LoadedModel) -> None:
         )
 
 
-def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Partition, str, Situation]:
-    """What can be known of a training without its model: rows, partition and where it comes from, who unlearns."""
+def prepared(
+    config: RunConfig, source: Source | None, before: Sequence[requests.Forgotten]
+) -> tuple[build.Rows, Partition, str, Situation]:
+    """What can be known of a training without its model: rows, partition and where it comes from, who unlearns.
+
+    ``config`` and ``source``: see :func:`unfed.app.recipes.settled`. Raises ``UnfedError`` for what cannot be done.
+    """
     build.refuse_unknown(config)
     if config.resume:
         Checkpoints(Path(config.paths.output_dir), training_identity(config)).check()
@@ -148,16 +154,19 @@ def _prepared(config: RunConfig, source: Source | None) -> tuple[build.Rows, Par
     if config.mode == "finetune":
         return rows, partition, where, Situation((), ())
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
-    situation = recipes.situation_of(partition, {e["id"] for e in rows.retain}, targets, source)
+    gone = {i for request in before for i in request["ids"]}
+    retain = {e["id"] for e in rows.retain}
+    situation = recipes.situation_of(recipes.recipe_of(config), partition, retain, targets, source, gone)
     recipes.refuse_unmet(config, dataclasses.replace(situation, no_lora=second.without_lora(config)))
     return rows, partition, where, situation
 
 
-def train(config: RunConfig, source: Source | None = None) -> RunResult:
-    """Fine-tune or unlearn over the schedule, save, evaluate. ``source``: see :func:`unfed.app.recipes.settled`."""
+def train(config: RunConfig, source: Source | None = None, before: Sequence[requests.Forgotten] = ()) -> RunResult:
+    """Fine-tune or unlearn over the schedule, save, evaluate. ``source``: see :func:`unfed.app.recipes.settled`;
+    ``before``: see :func:`unfed.app.requests.settle`."""
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
-    rows, partition, where, situation = _prepared(config, source)
+    rows, partition, where, situation = prepared(config, source, before)
     with open_run(config) as directory:
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
@@ -180,45 +189,62 @@ def train(config: RunConfig, source: Source | None = None) -> RunResult:
         state, keeper = _resume(config, checkpoints, start)
         partition.write(directory.path / PARTITION_FILE)
         probe = probe_forget_loss(local, clients, situation.targets, loaded)
+        if config.mode == "unlearn":
+            notes["forgotten"] = requests.note(config, rows.forget, partition, before)
         notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint, **probe}
         directory.note(schedule=schedule.table(), settings=settings, **notes)
-        with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
-            reporter = Reporter(schedule, state.round, track)
-            between = RoundEvaluation(config, loaded, schedule, clients, args.eval_strategy, track)
-            client.on_step, keeper.listener = reporter.stepped, Listeners((reporter, between))
-            keeper.on_save = lambda _: directory.note(rounds=keeper.records)
-            rounds = RoundsConfig(config.seed, build.participation(config))
-            keeper.history = recipes.keep_history(config, directory, rule, schedule, state)
-            try:
-                between.begin(state, directory)
-                follow = isolated.runner(plan, start.adapter, directory.path)
-                state = follow(InProcess(client.fit), rule, state, rounds, keeper)
-            except UnfedError as e:
-                advise(e, schedule, len(keeper.records))
-                raise
-            finally:
-                reporter.close()
+        work = _Training(config, directory, loaded, local, clients, rule, plan, situation)
+        state = _rounds(work, client, state, keeper, start.adapter)
         warnings = [*warnings_of(schedule, client, keeper.records), *left_out(schedule, keeper.records)]
-        loaded, local, adapter = _served(plan, rule, situation, directory, (loaded, local), state)
-        _save(directory, loaded, local, adapter, clients, rows)
+        seen = requests.seen_after(config, rows, loaded.adapter_path, source)
+        loaded, local, adapter = _served(work, state)
+        _save(directory, loaded, local, adapter, clients, seen)
         directory.note(rounds=keeper.records, warnings=warnings, adapter=adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")
         return RunResult(directory.path, tuple(keeper.records), result.summary() if result else {}, result)
 
 
-def _served(
-    plan: Plan,
-    rule: Aggregator,
-    situation: Situation,
-    directory: RunDir,
-    trained: tuple[LoadedModel, Local],
-    state: ServerState,
-) -> tuple[LoadedModel, Local, AdapterState]:
+@dataclass(frozen=True)
+class _Training:
+    """What the parts of one training have in common."""
+
+    config: RunConfig
+    directory: RunDir
+    loaded: LoadedModel
+    local: Local
+    clients: Mapping[str, ClientData]
+    rule: Aggregator
+    plan: Plan
+    situation: Situation
+
+
+def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeeper, start: AdapterState) -> ServerState:
+    """Run the plan from ``state`` on, with progress, trackers, looks between rounds and history."""
+    config, directory, schedule, args = work.config, work.directory, work.plan.schedule, work.local.args
+    with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
+        reporter = Reporter(schedule, state.round, track)
+        between = RoundEvaluation(config, work.loaded, schedule, work.clients, args.eval_strategy, track)
+        client.on_step, keeper.listener = reporter.stepped, Listeners((reporter, between))
+        keeper.on_save = lambda _: directory.note(rounds=keeper.records)
+        keeper.history = recipes.keep_history(config, directory, work.rule, schedule, state)
+        try:
+            between.begin(state, directory)
+            follow = isolated.runner(work.plan, start, directory.path)
+            rounds = RoundsConfig(config.seed, build.participation(config))
+            return follow(InProcess(client.fit), work.rule, state, rounds, keeper)
+        except UnfedError as e:
+            advise(e, schedule, len(keeper.records))
+            raise
+        finally:
+            reporter.close()
+
+
+def _served(work: _Training, state: ServerState) -> tuple[LoadedModel, Local, AdapterState]:
     """What is saved and evaluated: what was trained, or the one adapter that shards or two adapters make."""
-    if plan.isolation is not None:
-        return isolated.joined(plan, rule, situation, directory.path, trained)
-    return second.finish(directory, *trained, state.adapter)
+    if work.plan.isolation is not None:
+        return isolated.joined(work.plan, work.rule, work.situation, work.directory.path, (work.loaded, work.local))
+    return second.finish(work.directory, work.loaded, work.local, state.adapter)
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
@@ -239,7 +265,7 @@ def _save(
     local: Local,
     adapter: AdapterState,
     clients: Mapping[str, ClientData],
-    rows: build.Rows,
+    seen: Sequence[str],
 ) -> None:
     save_adapter(loaded.model, adapter, directory.path)
     try:
@@ -251,7 +277,7 @@ def _save(
         "base_fingerprint": loaded.fingerprint,
         "adapter": adapter.digest(),
     }
-    write_json(directory.path / TRAIN_ROWS_FILE, sorted(seen_rows(loaded.adapter_path) | rows.ids()))
+    write_json(directory.path / TRAIN_ROWS_FILE, list(seen))
     probe = forget_loss(local, clients)  # save_adapter has written the final adapter into the model
     if probe is not None:
         origin["forget_loss"] = probe

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from unfed.aggregation.base import Aggregator
 from unfed.app.build import is_federated
 from unfed.app.methods import unlearning_objective
+from unfed.app.progress import say
 from unfed.base.params import Hyperparameters
 from unfed.config.schema import RunConfig
 from unfed.federated.client import ClientData
@@ -17,6 +19,7 @@ from unfed.models.load import LoadedModel
 from unfed.objectives.base import Objective
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
+from unfed.objectives.retain import WithRetain
 from unfed.objectives.wrapper import Wrapper, layers
 from unfed.training.args import LoopArgs
 from unfed.unlearning.base import Ingredients, Situation
@@ -54,14 +57,47 @@ def ingredients_of(
     )
 
 
+def alone(schedule: Schedule, clients: Mapping[str, ClientData]) -> Schedule:
+    """The schedule with the retain term left out (``alpha=0``) where a client that unlearns has no rows to retain.
+
+    That is so when all that it owns is to be forgotten. Others' rows never go to a client, so it unlearns without.
+    """
+    phases, said = [], []
+    for phase in schedule.phases:
+        work = dict(phase.work)
+        for client, own in phase.work.items():
+            if own.rows == "forget" and "retain" in own.objective.needs.splits and not clients[client].splits["retain"]:
+                work[client] = replace(own, objective=_without_retain(own.objective))
+                said.append(client)
+        phases.append(replace(phase, work=work))
+    for client in dict.fromkeys(said):
+        say(f"{client} owns nothing that is to be retained: it unlearns without the method's retain term")
+    return Schedule(tuple(phases)) if said else schedule
+
+
+def _without_retain(objective: Objective) -> Objective:
+    """As it is where it has no such term of its own to leave out: the rows are then found missing. A wrapper that tells
+    the two terms apart (GRU) goes with it."""
+    if isinstance(objective, Wrapper) and "retain" in objective.splits:
+        return _without_retain(objective.inner)
+    if isinstance(objective, Proximal | Wrapper):
+        return replace(objective, inner=_without_retain(objective.inner))
+    return objective.forget_alone() if isinstance(objective, WithRetain) else objective
+
+
 def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[str, Any]]:
-    """Every hyperparameter that acts in the run, by the name of its objective or rule, defaults filled in."""
+    """Every hyperparameter that acts in the run, by the name of its objective or rule, defaults filled in.
+
+    A client whose settings differ from those found before has an entry of its own (``NPO of client_1``).
+    """
     found: dict[str, dict[str, Any]] = {}
-    for work in (w for phase in schedule.phases for w in phase.work.values()):
+    for client, work in (w for phase in schedule.phases for w in phase.work.items()):
         parts = [part for part in layers(work.objective) if not isinstance(part, Proximal)]  # its mu is the rule's
         for part in (*reversed(parts), rule):
             if isinstance(part, Hyperparameters):
-                found[part.title if isinstance(part, Wrapper) else part.name] = part.settings()
+                name = part.title if isinstance(part, Wrapper) else part.name
+                if found.setdefault(name, part.settings()) != part.settings():
+                    found[f"{name} of {client}"] = part.settings()
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unfed.app.recipes import settled
+from unfed.app.requests import settle
 from unfed.app.rundir import RUN_FILE, plain, run_status, training_identity
 from unfed.base.artifacts import read_json, write_json
 from unfed.base.errors import ArtifactError, UnfedError
@@ -55,7 +56,7 @@ def _resumable(config: RunConfig) -> bool:
     if run_status(place) == "finished" or not Checkpoints(place, {}).exist():
         return False
     try:
-        Checkpoints(place, training_identity(settled(config)[0])).check()
+        Checkpoints(place, training_identity(settled(settle(config)[0])[0])).check()
     except UnfedError:  # rounds of another configuration
         return False
     return not _is_older_than_its_source(_record(place), config)

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Overrides are those of unfed unlearn: model, its path, the forget split. AltPO needs such a file.",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: saves/alternates/<forget split>.json")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: saves/alternates/<what is forgotten>.json"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     parser.add_argument("--count", type=int, default=5, help="answers to each question (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
@@ -39,8 +41,9 @@ def _run(given: argparse.Namespace, overrides: Sequence[str]) -> int:
     fitting = [o for o in overrides if o.startswith("-") or not _not_used(o)]
     named = [] if any(o.lstrip("+").startswith("task_name=") for o in fitting) else ["task_name=alternates"]
     config = resolve([*fitting, *named, "eval.enabled=false"], PRIMARY, files=True)
-    assert config.data.forget is not None  # a check of every unlearning run
-    split = re.sub(r"[^A-Za-z0-9]+", "_", config.data.forget.name).strip("_")
+    from unfed.app.requests import words
+
+    split = re.sub(r"[^A-Za-z0-9]+", "_", words(config)).strip("_")
     output = given.output or Path("saves") / "alternates" / f"{split}.json"
     if output.exists() and not given.overwrite:
         raise UnfedError(f"--output={output}: is there already; name another file, or add --overwrite")

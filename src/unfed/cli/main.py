@@ -25,6 +25,7 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "train": Command("fine-tune an adapter across clients", "unfed.cli.fed_train:finetune"),
     "unlearn": Command("unlearn the target client's forget set", "unfed.cli.fed_train:unlearn"),
+    "sequence": Command("meet a file of requests to forget, one after the other", "unfed.cli.sequence:main"),
     "evaluate": Command("score a model or an adapter", "unfed.cli.evaluate:main"),
     "oracle": Command(
         "train and evaluate the model that never saw an unlearning run's forget set", "unfed.cli.show:oracle"

@@ -16,7 +16,6 @@ from unfed.config.schema import (
     METHODS,
     RECIPES,
     WRAPPERS,
-    DataConfig,
     DatasetConfig,
     MethodArgs,
     RecipeConfig,
@@ -174,7 +173,7 @@ def _federation(config: RunConfig) -> Iterator[str]:
     clients = a.num_clients
     if clients is not None and clients < 1:
         yield f"{prefix}.num_clients={clients}: must be at least 1"
-    elif a.target_client_idx != "all" and not 0 <= a.target_client_idx < (clients or 10**9):
+    elif isinstance(a.target_client_idx, int) and not 0 <= a.target_client_idx < (clients or 10**9):
         last = f"0 to {clients - 1}" if clients else "0, 1, ..."
         yield f"{prefix}.target_client_idx={a.target_client_idx}: must be a client of the run ({last}), or all"
     if a.min_clients < 1 or (clients is not None and 1 <= clients < a.min_clients):
@@ -215,7 +214,11 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"oracle={config.oracle}: belongs to an unlearning run, this one has mode={config.mode}"
     elif config.oracle is not None and config.eval is not None and config.eval.retain_logs_path is not None:
         yield f"oracle={config.oracle} and retain_logs_path={config.eval.retain_logs_path}: give one of them"
-    if config.mode == "unlearn":
+    if config.forget.given and config.mode != "unlearn":
+        yield f"forget: belongs to an unlearning run, this one has mode={config.mode}"
+    if not 0 < config.forget.topic_threshold <= 1:
+        yield f"forget.topic_threshold={config.forget.topic_threshold}: must be above 0 and at most 1 (a cosine)"
+    if config.mode == "unlearn" and not config.forget.given:
         yield from (
             f"data.{split}: unlearning needs it; take experiment=unlearn/tofu/default or data=unlearn"
             for split in ("forget", "retain")
@@ -223,7 +226,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         )
         if data.forget is not None and data.retain is not None and (both := _overlap(data.forget, data.retain)):
             yield both
-    for key, dataset in datasets(data):
+    for key, dataset in datasets(config):
         if dataset.max_length < 1:
             yield f"{key}.max_length={dataset.max_length}: must be at least 1"
         if dataset.limit is not None and dataset.limit < 1:
@@ -263,13 +266,10 @@ def _overlap(forget: DatasetConfig, retain: DatasetConfig) -> str | None:
     )
 
 
-def datasets(data: DataConfig) -> list[tuple[str, DatasetConfig]]:
-    """The data sets of a run with their keys."""
-    return [
-        (f"data.{name}", dataset)
-        for name in ("train", "forget", "retain", "exclude")
-        if (dataset := getattr(data, name)) is not None
-    ]
+def datasets(config: RunConfig) -> list[tuple[str, DatasetConfig]]:
+    """The data sets that a run reads, with their keys. Where ``forget.*`` is given, rows are the fine-tuning's."""
+    own = ("exclude",) if config.forget.given else ("train", "forget", "retain", "exclude")
+    return [(f"data.{name}", dataset) for name in own if (dataset := getattr(config.data, name)) is not None]
 
 
 def _limits(config: RunConfig) -> Iterator[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from unfed.config.schema import EvalConfig, RobustnessConfig, RunConfig
+from unfed.config.schema import EvalConfig, RunConfig
+from unfed.config.schema_eval import RobustnessConfig
 from unfed.evaluation.lm_tasks import limit_problems
 
 USUAL = EvalConfig()

@@ -73,7 +73,7 @@ def _robustness_models(config: RunConfig) -> Iterator[str]:
 def _data_files(config: RunConfig) -> Iterator[str]:
     from unfed.data.datasets import preflight as look
 
-    sets = {(d.path, d.name): d for _, d in datasets(config.data)}
+    sets = {(d.path, d.name): d for _, d in datasets(config)}
     try:
         found = [problem for spec in sets.values() for problem in look(spec, config.paths.data_dir)]
     except DataError as e:
@@ -147,7 +147,8 @@ def _other_files(config: RunConfig) -> Iterator[str]:
 def _manifest(config: RunConfig) -> Iterator[str]:
     """The target client against the partition that an earlier run wrote beside its adapter."""
     trainer, args = config.trainer, config.model.model_args
-    if trainer is None or trainer.handler not in FEDERATED_TRAINERS or trainer.method_args.target_client_idx == "all":
+    index = trainer.method_args.target_client_idx if trainer is not None else None
+    if trainer is None or trainer.handler not in FEDERATED_TRAINERS or not isinstance(index, int):
         return
     places = [Path(p) / "partition.json" for p in (args.lora_model_path, args.pretrained_model_name_or_path) if p]
     file = next((f for f in (Path(config.partition.manifest or ""), *places) if f.is_file()), None)
@@ -160,8 +161,7 @@ def _manifest(config: RunConfig) -> Iterator[str]:
     except UnfedError as e:
         yield str(e)
         return
-    if trainer.method_args.target_client_idx >= clients:
-        index = trainer.method_args.target_client_idx
+    if index >= clients:
         yield f"trainer.method_args.target_client_idx={index}: {file} has {clients} clients (0 to {clients - 1})"
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from unfed.base.params import STRICT
+from unfed.config.schema_eval import EvalConfig
 from unfed.data.spec import DatasetSpec as DatasetConfig
 from unfed.data.spec import Template as TemplateArgs
-from unfed.evaluation.lm_tasks import LmEvalArgs
 from unfed.models.spec import ModelArgs, TokenizerArgs
 from unfed.objectives import names
 
@@ -46,7 +46,8 @@ class ModelConfig:
 class MethodArgs:
     """``trainer.method_args``: the shape of a federated run.
 
-    ``target_client_idx``: an index, or ``all`` for every client that owns forget rows. ``unlearn_trainer_cls``,
+    ``target_client_idx``: an index, or ``all`` for every client that owns forget rows; ``None``: ``all`` where
+    ``forget.*`` says what to forget, else 0. ``unlearn_trainer_cls``,
     ``aggregation_strategy`` and ``schedule`` name the method, the aggregator and the recipe as ``method=``,
     ``aggregator=`` and ``recipe=`` do.
     Local epochs of one round are ``trainer.args.num_train_epochs``; ``unlearn_epochs`` are the target's own.
@@ -54,7 +55,7 @@ class MethodArgs:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     num_clients: int | None = None  # None: as partition.json says, else 3
-    target_client_idx: int | Literal["all"] = 0
+    target_client_idx: int | Literal["all"] | None = None
     unlearn_trainer_cls: str | None = None
     aggregation_strategy: str | None = None
     global_rounds: int = 2
@@ -139,11 +140,36 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
+class ForgetConfig:
+    """What to forget, among the rows of the fine-tuning: everything that any of these names.
+
+    ``ids``: rows as in ``partition.json``; ``clients``: by name or index; ``authors``: people, with all their rows;
+    ``topics``: words, and rows whose TF-IDF cosine to them is at least ``topic_threshold``.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    ids: tuple[str, ...] = ()
+    clients: tuple[int | str, ...] = ()
+    authors: tuple[str, ...] = ()
+    topics: tuple[str, ...] = ()
+    topic_threshold: float = 0.2
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is named; if not, ``data.forget`` says what to forget."""
+        return bool(self.ids or self.clients or self.authors or self.topics)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Fine-tuning reads ``train`` (and ``forget``, to know which rows the target client will own);
     unlearning reads ``forget`` and ``retain``; ``idk`` is a file of refusals (``None``: our own list), ``alternate``
     one of other answers to the forget questions, used instead of refusals (``unfed alternates`` writes it). Rows of
-    ``exclude`` are left out of ``train`` and ``retain``: what an oracle must not see, or what was forgotten before."""
+    ``exclude`` are left out of ``train`` and ``retain``: what an oracle must not see.
+
+    Ids that a run settles for itself (see :mod:`unfed.app.requests`): ``forget_ids`` are the rows of ``forget`` to be
+    forgotten (none: all), and are not retained; ``exclude_ids`` are left out like the rows of ``exclude``.
+    """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     train: DatasetConfig | None = None
@@ -152,6 +178,8 @@ class DataConfig:
     exclude: DatasetConfig | None = None
     idk: str | None = None
     alternate: str | None = None
+    forget_ids: tuple[str, ...] = ()
+    exclude_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,92 +188,6 @@ class CollatorConfig:
     name: Literal["DataCollatorForSupervisedDataset"] = "DataCollatorForSupervisedDataset"
     padding_side: Literal["right", "left"] = "right"
     pad_to_multiple_of: int | None = None
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    __pydantic_config__: ClassVar[Any] = STRICT
-    max_new_tokens: int = 200
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True)
-class RelearnConfig:
-    """Plain fine-tuning on the forget rows. ``learning_rate=None``: OpenUnlearning's 2e-5, of an adapter 2e-4."""
-
-    __pydantic_config__: ClassVar[Any] = STRICT
-    learning_rate: float | None = None
-    epochs: float = 1.0
-    batch_size: int = 8
-
-
-@dataclass(frozen=True)
-class BestOfConfig:
-    """``n`` sampled answers to each forget question; a best one with ROUGE ``threshold`` or more is a leak."""
-
-    __pydantic_config__: ClassVar[Any] = STRICT
-    n: int = 5
-    temperature: float = 1.0
-    top_p: float = 1.0
-    threshold: float = 0.5
-
-
-@dataclass(frozen=True)
-class RobustnessConfig:
-    """Attempts to bring back what was forgotten, each measured by ``metrics``.
-
-    ``null``, ``false`` or an empty list switches a check off. ``oracle_path``: the retain model, relearned in the same
-    way. ``quantize``: bits; ``group_size``: input columns that share a scale at 4 bit (none: the whole row).
-    ``quantizer``: ``auto`` is bitsandbytes on a GPU where it is installed, else a simulation of our own.
-    ``prefix``: beginnings of the answer. ``add_adapter``: an adapter directory whose update is added.
-    """
-
-    __pydantic_config__: ClassVar[Any] = STRICT
-    metrics: tuple[str, ...] = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "extraction_strength")
-    relearn: RelearnConfig | None = RelearnConfig()
-    oracle_path: str | None = None
-    quantize: tuple[int, ...] = (8, 4)
-    group_size: int | None = None
-    quantizer: Literal["auto", "round_to_nearest", "bitsandbytes"] = "auto"
-    paraphrase: bool = True
-    prefix: tuple[str, ...] = ("Sure, here is the answer:",)
-    best_of: BestOfConfig | None = BestOfConfig()
-    merge: bool = True
-    add_adapter: str | None = None
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """An evaluation suite. ``metrics``: names of ``TOFU_SUMMARY.json``; ``limit`` keeps the first rows of
-    each split. Without ``holdout_split``, forget10 goes with holdout10, and so on. ``max_tokens`` is the token
-    budget of a batch; ``batch_size`` bounds its rows. ``round_metrics`` and ``round_limit`` are for the evaluations
-    between rounds (``trainer.args.eval_strategy``). ``cache_dir``: what models said is kept there (none: not kept).
-    Suite ``lm_eval`` reads ``lm_eval`` alone."""
-
-    __pydantic_config__: ClassVar[Any] = STRICT
-    suite: Literal["tofu", "muse", "lm_eval"] = "tofu"
-    enabled: bool = True
-    path: str = "locuslab/TOFU"
-    forget_split: str = "forget10"
-    holdout_split: str | None = None
-    retain_logs_path: str | None = None
-    finetuned_logs_path: str | None = None
-    reference_model_path: str | None = None
-    gibberish_model: str | None = None
-    metrics: tuple[str, ...] = ()
-    round_metrics: tuple[str, ...] = ("forget_Q_A_Prob", "retain_Q_A_Prob")
-    round_limit: int | None = 64
-    cache_dir: str | None = None
-    batch_size: int = 32
-    max_tokens: int = 4096
-    max_length: int = 512
-    limit: int | None = None
-    parity: Literal["openunlearning"] | None = None
-    generation: GenerationConfig = GenerationConfig()
-    lm_eval: LmEvalArgs = LmEvalArgs()
-    robustness: RobustnessConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -274,6 +216,7 @@ class RunConfig:
     aggregator: AggregatorConfig | None = None
     recipe: RecipeConfig | None = None
     history: HistoryConfig = HistoryConfig()
+    forget: ForgetConfig = ForgetConfig()
     engine: EngineConfig = EngineConfig()
     partition: PartitionConfig = PartitionConfig()
     data: DataConfig = DataConfig()

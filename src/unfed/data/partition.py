@@ -139,7 +139,7 @@ def make_partition(
     ids = [e["id"] for e in examples]
     _check(ids, num_clients, spec)
     rng = numpy_generator(seed, "partition", spec.scheme)
-    people = _people(examples)
+    people = people_of(examples)
     if spec.scheme == "target":
         dealt = _deal_target(ids, people, num_clients, spec, set(forget_ids), rng)
     else:
@@ -166,7 +166,7 @@ def _check(ids: Sequence[str], num_clients: int, spec: PartitionSpec) -> None:
         )
 
 
-def _people(examples: Sequence[Example]) -> list[Any]:
+def people_of(examples: Sequence[Example]) -> list[Any]:
     """Whose row each is: column ``author`` where every row has one, else blocks of 20 rows."""
     if all("author" in e for e in examples):
         return [e["author"] for e in examples]

@@ -66,12 +66,14 @@ class Source:
 @dataclass(frozen=True)
 class Situation:
     """What is known before a model is opened. ``targets`` own what is to be forgotten, ``retainers`` own rows that are
-    to be kept (targets too, where they do). ``no_lora``: why the run does not start from a learned, plain LoRA adapter
-    and what to do about it (``None``: it does)."""
+    to be kept (targets too, where they do). ``before`` own what earlier requests on this model have forgotten; for a
+    recipe that trains again (``Demands.replay``) they are among the targets. ``no_lora``: why the run does not start
+    from a learned, plain LoRA adapter and what to do about it (``None``: it does)."""
 
     targets: tuple[str, ...]
     retainers: tuple[str, ...]
     source: Source | None = None
+    before: tuple[str, ...] = ()
     no_lora: str | None = None
 
     @property
@@ -152,8 +154,9 @@ class Demands:
     ``history``: what the fine-tuning must have kept. ``source``: the fine-tuning's run directory. ``whole_clients``:
     it removes clients, not single rows. ``method``: it trains with ``method=``. ``replay``: it trains as the
     fine-tuning did, with that run's settings, from its base model. ``linear``: the fine-tuning's server must have added
-    up mean updates (FedAvg, FedProx). ``lora``: it works on the factors of a learned, plain LoRA adapter.
-    ``second_adapter``: that adapter stays frozen and a second one on top of it trains
+    up mean updates (FedAvg, FedProx). ``chained``: though it uses the history, it starts from the adapter that it is
+    given, so that what earlier requests have forgotten stays so. ``lora``: it works on the factors of a learned, plain
+    LoRA adapter. ``second_adapter``: that adapter stays frozen and a second one on top of it trains
     (:meth:`Recipe.second_adapter`); what is saved is their stack (:mod:`unfed.models.second`).
     """
 
@@ -163,6 +166,7 @@ class Demands:
     method: bool = False
     replay: bool = False
     linear: bool = False
+    chained: bool = False
     lora: bool = False
     second_adapter: bool = False
 
@@ -236,6 +240,11 @@ def unmet(recipe: Recipe, situation: Situation) -> list[str]:
         found.append(
             f"{key}: the fine-tuning's aggregator={source.aggregator} does not add up the clients' mean updates, so "
             "there is no share of a client to take out; use recipe=retrain or recipe=local_then_recover"
+        )
+    if situation.before and wants.history and not wants.replay and not wants.chained:
+        found.append(
+            f"{key}: goes back to what the fine-tuning kept, which still has what was forgotten since (rows of "
+            f"{', '.join(situation.before)}); use recipe=retrain, or recipe=local_then_recover"
         )
     if wants.whole_clients and situation.keeping:
         found.append(

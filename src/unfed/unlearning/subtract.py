@@ -33,7 +33,9 @@ class Subtract(Recipe):
     renormalize: bool = flag(True)
 
     title: ClassVar[str] = "subtract"
-    demands: ClassVar[Demands] = Demands(frozenset({"sums"}), source=True, whole_clients=True, linear=True)
+    demands: ClassVar[Demands] = Demands(
+        frozenset({"sums"}), source=True, whole_clients=True, linear=True, chained=True
+    )
     promise: ClassVar[Promise] = Promise(
         "approximate",
         "the target's own updates are gone; what the others learnt from an adapter that it had changed is not",
