@@ -398,6 +398,18 @@ def test_groups_are_named_by_what_differs(tmp_path: Path, by_hand: SimpleNamespa
     assert [g.name for g in compare(places)[0]] == ["NPO, beta=0.1", "NPO, beta=0.5", "GradDiff"]
 
 
+@pytest.mark.parametrize("key", ["retain_logs_path", "finetuned_logs_path"])
+def test_runs_whose_logs_differ_only_in_their_seed_belong_together(
+    tmp_path: Path, by_hand: SimpleNamespace, key: str
+) -> None:
+    places = []
+    for seed in (0, 1):
+        log = by_hand.write_run(tmp_path / f"log{seed}", "finetune", by_hand.scores(0.3), config={"seed": seed})
+        config = {"seed": seed, "method": {"name": "NPO"}, "eval": {key: str(log / "TOFU_EVAL.json")}}
+        places.append(by_hand.write_run(tmp_path / f"u{seed}", "unlearn", by_hand.scores(0.4), config=config))
+    assert [g.count for g in compare(places)[0]] == [2]
+
+
 def test_one_seed_twice_is_said(tmp_path: Path, by_hand: SimpleNamespace) -> None:
     places = _seeds(tmp_path / "a", by_hand, "NPO", {1: 0.1}) + _seeds(tmp_path / "b", by_hand, "NPO", {1: 0.1})
     groups, notes = compare(places)

@@ -29,6 +29,8 @@ WIDTH = 4.6
 DPI = 200
 LONGEST = 20
 """Letters of a name in a plot."""
+LEGIBLE = 14
+"""Names in one legend: more of them would fill the plot."""
 
 OF_ROLE = {"base": "#8a8a8a", "finetuned": "#d55e00", "oracle": "#0072b2"}
 OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7a4fa3", "#8c6d1f")
@@ -201,9 +203,15 @@ def losses(models: Sequence[Model], paint: Mapping[str, str]) -> Draw:
         _bands(axes, [phase for phase, _ in models[0].losses])
         axes.set_xlabel("round")
         axes.set_ylabel("loss (nats a token)")
-        axes.legend(frameon=False, fontsize=8)
+        _legend(axes)
 
     return draw
+
+
+def _legend(axes: Axes) -> None:
+    """Names of the lines, while they leave room for the lines."""
+    if len(axes.get_legend_handles_labels()[0]) <= LEGIBLE:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _bands(axes: Axes, phases: Sequence[str]) -> None:
@@ -241,7 +249,7 @@ def by_round(models: Sequence[Model], metric: str, oracle: float | None, paint: 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
         axes.set_xlabel("round")
         axes.set_title(CURVES.get(metric, label(metric)), pad=8)
-        axes.legend(frameon=False, fontsize=8)
+        _legend(axes)
 
     return draw
 

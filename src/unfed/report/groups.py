@@ -26,23 +26,26 @@ PATHS = (
     ("model", "model_args", "lora_model_path"),
     ("partition", "manifest"),
     ("eval", "retain_logs_path"),
+    ("eval", "finetuned_logs_path"),
     ("eval", "reference_model_path"),
 )
 """Settings that name other runs: two of them are the same if those runs differ only in their seed, too."""
 
-SAME_THING = frozenset({"trainer.method_args.unlearn_trainer_cls", "trainer.method_args.aggregation_strategy"})
+SAME_THING = frozenset(
+    f"trainer.method_args.{key}" for key in ("unlearn_trainer_cls", "aggregation_strategy", "schedule")
+)
 """Settings that repeat what another one says."""
 
 FIRST = (
-    "mode", "method.name", "aggregator.name", "method.params", "model.model_args.lora_config", "trainer.method_args",
-    "trainer.args", "aggregator.params", "partition", "data",
+    "mode", "method.name", "recipe.name", "wrapper.name", "aggregator.name", "method.params", "recipe.params",
+    "model.model_args.lora_config", "trainer.method_args", "trainer.args", "aggregator.params", "partition", "data",
 )  # fmt: skip
 """Which settings name a group before others do."""
 
 NAMED = 5
 """At most so many settings in a name; one more is written out, further ones are counted."""
 
-PLAIN = frozenset({"method.name", "aggregator.name", "mode"})
+PLAIN = frozenset({"method.name", "recipe.name", "wrapper.name", "aggregator.name", "mode"})
 """Settings whose value says it all."""
 
 COST = ("seconds", "megabytes")
