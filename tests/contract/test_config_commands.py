@@ -72,7 +72,7 @@ def test_each_run_of_a_sweep_has_its_own_directory(started, tiny_model_dir):
     assert [c.paths.output_dir.rsplit("/", 2)[1:] for c in started] == [["t", "0"], ["t", "1"]]
 
 
-def test_a_users_error_in_the_run_is_its_message_and_2(monkeypatch, started, tiny_model_dir, capsys):
+def test_a_users_error_in_the_run_is_its_message_and_2(monkeypatch, started, tiny_model_dir, tmp_path, capsys):
     from unfed.app import runs
     from unfed.base.errors import AdapterError
 
@@ -82,6 +82,7 @@ def test_a_users_error_in_the_run_is_its_message_and_2(monkeypatch, started, tin
     monkeypatch.setattr(runs, "run", fail)
     assert main(["unlearn", *RUN, f"{MODEL}={tiny_model_dir}"]) == 2
     assert capsys.readouterr().err.strip().endswith("error: the adapter is for another base")
+    assert [p.name for p in tmp_path.rglob("*")] == ["saves", "unlearn"], "no empty directory of a run that never was"
 
 
 def test_an_interrupted_command_ends_in_130(capsys):

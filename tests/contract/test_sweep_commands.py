@@ -62,6 +62,8 @@ def test_mistakes_are_told_before_anything_is_made(capsys):
     assert "there is no target" in capsys.readouterr().err
     assert tune_rank.tune_rank(["--target", "model_utility>=0.5", "model.model_args.lora_config.r=8"]) == 2
     assert "--ranks" in capsys.readouterr().err
+    assert tune_rank.tune_rank(["--target", "model_utilty>=0.5"]) == 2  # before the tiny model is trained
+    assert "model_utilty: the runs do not measure this" in capsys.readouterr().err
     assert not Path("saves").exists()
 
 

@@ -259,6 +259,11 @@ def test_an_adapter_that_is_more_than_lora_is_refused(forgetting, finetuned, tmp
         run(forgetting(tmp_path / "run", "unlearning_adapter", tmp_path / "more"))
 
 
+def test_a_run_that_is_not_there_is_told_apart_from_one_without_a_second_adapter(tmp_path):
+    with pytest.raises(UnfedError, match="there is no such directory"):
+        revert(tmp_path / "nope", tmp_path / "out")
+
+
 def test_there_is_nothing_to_revert_in_another_run_nor_in_an_altered_one(done, finetuned, tmp_path, capsys):
     assert main(["revert", str(finetuned)]) == 2
     assert "no run of recipe=unlearning_adapter" in capsys.readouterr().err

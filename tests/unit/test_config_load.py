@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from unfed.app.plan import _rounds
 from unfed.base.errors import ConfigError
 from unfed.config.compat import resolve
 from unfed.config.load import config_dir, examine, from_hydra
@@ -208,6 +209,29 @@ def test_what_does_not_go_with_the_trainer_is_refused(altered, which, changes, k
     assert len(problems) == 1
     assert key in problems[0]
     assert hint in problems[0]
+
+
+def test_a_list_that_is_none_says_how_to_write_one(altered):
+    with pytest.raises(
+        ConfigError, match=r"forget.clients=client_1: should be a list, as in forget.clients=\[client_1\]"
+    ):
+        from_hydra(altered(**{"forget.clients": "client_1"}))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rounds"),
+    [
+        ({"name": "interleaved"}, 2),
+        ({"name": "local_then_recover"}, 3),
+        ({"name": "unlearning_adapter", "forget": "none"}, 2),
+        ({"name": "pga"}, 3),
+        ({"name": "fedosd", "unlearn_rounds": 7}, 9),
+        ({"name": "distill", "distill_rounds": 4}, 6),
+        ({"name": "subtract"}, 2),
+    ],
+)
+def test_the_plan_counts_the_rounds_of_the_recipe(altered, recipe, rounds):
+    assert _rounds(from_hydra(altered(recipe=recipe)), 2) == rounds
 
 
 def test_all_problems_come_at_once(altered):

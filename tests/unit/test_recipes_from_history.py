@@ -224,3 +224,10 @@ def test_a_ball_holds_weights_and_says_when_they_are_far_enough():
     model.weight.data.copy_(torch.tensor([[0.3, 0.4]]))
     assert Ball(2.0, 9.0, center, last).bind(model)() is False
     torch.testing.assert_close(model.weight.data, torch.tensor([[0.3, 0.4]]))
+
+
+def test_a_rollback_without_kept_rounds_says_so_once(tmp_path):
+    """``walked`` keeps updates alone, so no state of a round is there either."""
+    source = walked(tmp_path)
+    (problem,) = unmet(build_recipe("rollback", {}), Situation(("b",), ("a", "c"), source))
+    assert "needs history=rounds of the fine-tuning" in problem

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from unfed.aggregation.lora import EXACT_LIMIT, lora_pairs
 from unfed.app import build
 from unfed.app.methods import unlearning_objective
-from unfed.app.recipes import recipe_of
+from unfed.app.recipes import read_source, recipe_of, source_directory
 from unfed.base.artifacts import read_tensors
 from unfed.config.schema import RunConfig
 from unfed.models.adapter import live_tensors, lora_scaling, trainable_parameters
@@ -22,15 +22,19 @@ from unfed.models.shapes import adapted_shapes, parameter_shapes
 from unfed.models.source import resolve_source
 from unfed.models.spec import ADAPTER_WEIGHTS
 from unfed.training.args import LoopArgs, loop_args
+from unfed.unlearning.distill import DistillRecipe
+from unfed.unlearning.federaser import FedEraser
+from unfed.unlearning.fedosd import FedOSD
 
 MB = 1e6
-TARGETS_FIRST = ("local_then_recover", "unlearning_adapter", "task_arithmetic")
+TARGETS_FIRST = ("local_then_recover", "unlearning_adapter", "task_arithmetic", "pga")
 """Recipes with a round of the targets alone before the global ones."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts and bytes. ``memory`` splits the estimate of one process's peak into its parts."""
+    """Counts and bytes, with all clients in each of ``rounds``: what is sent is the most that it can be. ``memory``
+    splits the estimate of one process's peak into its parts."""
 
     base_parameters: int
     trainable_parameters: int
@@ -54,7 +58,7 @@ class Plan:
             ("adapter", f"{self.adapter_bytes / MB:.2f} MB"),
             ("clients x rounds", f"{self.clients} x {self.rounds}"),
             ("sent in a round, both ways", f"{self.bytes_per_round / MB:.2f} MB"),
-            ("sent in the run", f"{self.bytes_per_round * self.rounds / MB:.2f} MB"),
+            ("sent in the run, at most", f"{self.bytes_per_round * self.rounds / MB:.2f} MB"),
         ]
         rows += [(f"memory: {name}", f"{value / MB:,.0f} MB") for name, value in self.memory.items()]
         return [*rows, ("memory: estimate of the peak", f"{self.peak_bytes / MB:,.0f} MB")]
@@ -134,7 +138,19 @@ def _extent(config: RunConfig) -> tuple[int, int]:
     manifest = build.find_manifest(config)
     if clients is None and manifest is not None:
         clients = len(build.Partition.read(manifest).clients)
-    recipe = config.recipe if config.mode == "unlearn" else None
-    first = recipe is not None and recipe.name in TARGETS_FIRST and recipe.params.get("forget") != "none"
-    rounds = given.global_rounds + int(first)
+    rounds = _rounds(config, given.global_rounds) if config.mode == "unlearn" else given.global_rounds
     return clients or build.DEFAULT_CLIENTS, rounds
+
+
+def _rounds(config: RunConfig, global_rounds: int) -> int:
+    """Of an unlearning run, at most: what a recipe that goes back to the fine-tuning can leave out is not looked up."""
+    recipe = recipe_of(config)
+    place = source_directory(config) if recipe.demands.replay else None
+    if place is not None:
+        return len(read_source(place)[0].participants) + (recipe.final_rounds if isinstance(recipe, FedEraser) else 0)
+    if isinstance(recipe, FedOSD):
+        return recipe.unlearn_rounds + global_rounds
+    if isinstance(recipe, DistillRecipe):
+        return recipe.distill_rounds + global_rounds
+    first = recipe.name in TARGETS_FIRST and recipe.settings().get("forget") != "none"
+    return int(first) + global_rounds

@@ -49,6 +49,7 @@ class Reporter(RoundListener):
 
     def __init__(self, schedule: Schedule, done: int, track: Track | None = None) -> None:
         self._total, self._track = schedule.num_rounds, track
+        self._phases = {phase.name: phase for phase in schedule.phases}
         self._bar: Progress | None = None
         self._began = time.monotonic()
         self._first, self._steps = done, 0
@@ -87,14 +88,26 @@ class Reporter(RoundListener):
                 visible=True,
             )
 
+    def _by_work(self, record: RoundRecord) -> str:
+        """The mean loss of each kind of work, where a round has several: their mean over all clients hides both."""
+        found: dict[str, list[float]] = {}
+        for client, metrics in record.metrics.items():
+            if "loss" in metrics:
+                work = self._phases[record.phase].work[client]
+                found.setdefault(f"{work.objective.name} on {work.rows_name}", []).append(metrics["loss"])
+        if len(found) < 2:
+            return ""
+        return " (" + ", ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in found.items()) + ")"
+
     def round_ended(self, record: RoundRecord, state: ServerState) -> None:
         """One line: what the round did and what it cost."""
-        loss = "" if record.loss is None else f"loss {record.loss:.4f}"
+        loss = "" if record.loss is None else f"loss {record.loss:.4f}{self._by_work(record)}"
         error = "" if record.aggregation_error is None else f", aggregation error {record.aggregation_error:.2%}"
         left = (time.monotonic() - self._began) / (state.round - self._first) * (self._total - state.round)
+        count = f"{len(record.clients)} client{'s' * (len(record.clients) != 1)}"
         eta = f", about {left:.0f} s left" if self._total > state.round else ""
         say(
-            f"round {state.round}/{self._total} {record.phase}: {len(record.clients)} clients, {loss}{error}, "
+            f"round {state.round}/{self._total} {record.phase}: {count}, {loss}{error}, "
             f"{record.bytes_up / 1e6:.2f} MB up, {record.seconds:.1f} s{eta}"
         )
         for client, reason in record.failures.items():

@@ -156,7 +156,7 @@ def _tell(found: Selection, partition: Partition) -> None:
     say("forget: " + "; ".join(f"{what}: {n} rows" for what, n in found.found.items()))
     held = ", ".join(f"{client} {n} of {len(partition.clients[client])}" for client, n in owners.items())
     again = f"; {found.gone} more were forgotten before" if found.gone else ""
-    say(f"  {len(found.ids)} rows of {len(owners)} clients ({held}){again}")
+    say(f"  {len(found.ids)} rows of {len(owners)} client{'s' * (len(owners) != 1)} ({held}){again}")
 
 
 def forgotten_before(config: RunConfig) -> tuple[Forgotten, ...]:

@@ -100,6 +100,8 @@ def revert(run: Path, output: Path) -> AdapterState:
     """Write the learned adapter that lies in the stack of ``run`` to ``output``, bit for bit, with tokenizer and
     partition. ``UnfedError`` for a run without a second adapter, one that was altered, or an ``output`` that exists."""
     note_file = run / SECOND_DIR / NOTE_FILE
+    if not run.is_dir():
+        raise UnfedError(f"{run}: there is no such directory; name the run whose second adapter is to be taken off")
     if not note_file.is_file():
         raise UnfedError(
             f"{run}: no run of recipe=unlearning_adapter or recipe=task_arithmetic (there is no {note_file}): nothing "

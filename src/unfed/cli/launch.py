@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from unfed.base.errors import UnfedError
@@ -73,7 +75,16 @@ def _job(cfg: Any) -> None:
     """One run. Hydra would print a traceback for an exception, so a user's error leaves here as an exit."""
     code = guarded(lambda: _run(cfg))
     if code:
+        _leave_no_empty_directory()
         raise SystemExit(code)
+
+
+def _leave_no_empty_directory() -> None:
+    """Hydra makes the output directory before the run can be refused; a refused one has nothing in it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with contextlib.suppress(OSError):  # what is not empty stays
+        Path(HydraConfig.get().runtime.output_dir).rmdir()
 
 
 def _run(cfg: Any) -> int:

@@ -27,5 +27,5 @@ def _revert(run: Path, output: Path | None) -> int:
 
     place = run.with_name(f"{run.name}_reverted") if output is None else output
     digest = revert(run, place).digest()
-    print(f"{place} ({digest})")
+    print(f"reverted: the adapter beneath {run} is {place} again ({digest})")
     return 0

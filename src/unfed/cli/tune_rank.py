@@ -125,7 +125,7 @@ def _composer(given: argparse.Namespace, overrides: list[str], targets: list[Tar
     directory = given.directory / given.name
     first = shlex.split(given.finetune) if given.finetune is not None else None
     if first is None:
-        first, overrides = _quickstart(directory, overrides)
+        first, overrides = _quickstart(directory, overrides, targets)
     if not any(t.of == FINETUNED for t in targets):
         first.append("eval.enabled=false")  # nobody asks how the fine-tuned model scores
     if any(t.needs_oracle for t in targets) and not any(o.startswith("oracle=") for o in overrides):
@@ -135,11 +135,12 @@ def _composer(given: argparse.Namespace, overrides: list[str], targets: list[Tar
     return Composer(directory, sweep, given.config_name, tuning)
 
 
-def _quickstart(directory: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
+def _quickstart(directory: Path, overrides: list[str], targets: Sequence[Target]) -> tuple[list[str], list[str]]:
     """The overrides of the quickstart's fine-tuning and unlearning; its model is made where it is not there."""
     import torch
 
     from unfed.app.progress import say
+    from unfed.app.targets import FINETUNED, known_metrics
     from unfed.app.tiny_base import tiny_base
     from unfed.cli.study import PATH, QUICKSTART
     from unfed.config.compat import resolve
@@ -148,8 +149,10 @@ def _quickstart(directory: Path, overrides: list[str]) -> tuple[list[str], list[
     learn = [f"experiment=finetune/{QUICKSTART.experiment}", *shared]
     forget = [f"experiment=unlearn/{QUICKSTART.experiment}", *shared]
     unmade = [f"{PATH}=made-after-this-check", "task_name=checked"]
-    resolve([*learn, *unmade], "train-lora")
-    resolve([*forget, *unmade], "unlearn-lora")
+    learning = resolve([*learn, *unmade], "train-lora")
+    known_metrics(resolve([*forget, *unmade], "unlearn-lora"), [t.metric for t in targets])
+    if compared := [t.metric for t in targets if t.of == FINETUNED]:
+        known_metrics(learning, compared)
     torch.set_num_threads(QUICKSTART.threads or torch.get_num_threads())
     base = tiny_base(directory / "base", progress=say)
     return [*learn, f"{PATH}={base}"], forget

@@ -93,6 +93,8 @@ def _problem(key: Key, errors: list[ErrorDetails], raw: Mapping[str, Any]) -> st
     if kinds == {"literal_error"}:
         choices = re.findall(r"'([^']*)'", " ".join(str(e.get("ctx", {}).get("expected", "")) for e in errors))
         return f"{name}={_shown(value)}: no such choice{nearest(str(value), choices)}"
+    if kinds <= {"tuple_type", "list_type"}:
+        return f"{name}={_shown(value)}: should be a list, as in {name}=[{_shown(value)}]"
     said = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors)
     return f"{name}={_shown(value)}: should be {' or '.join(said)}"
 

@@ -20,7 +20,8 @@ class Cost:
 
     def words(self) -> str:
         """As a reader wants it."""
-        return f"{self.rounds} rounds, {self.client_steps} client steps, {self.nbytes / 1e6:.2f} MB sent"
+        rounds = f"{self.rounds} round{'s' * (self.rounds != 1)}"
+        return f"{rounds}, {self.client_steps} client steps, {self.nbytes / 1e6:.2f} MB sent"
 
     def against(self, other: Cost) -> str:
         """The share of another cost, in percent of its client steps and bytes."""
