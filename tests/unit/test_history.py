@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
@@ -116,6 +117,36 @@ def test_going_on_drops_what_is_of_later_rounds(tmp_path):
     kept = History(tmp_path)
     assert kept.rounds() == [0, 1, 2] and kept.update_rounds() == [0, 1]
     assert torch.allclose(kept.sums("a").own[NAME], torch.tensor([[2 / 8, 3 / 8]]))
+
+
+def test_a_killed_process_leaves_no_part_of_an_update_behind(tmp_path):
+    """Names as the writers of files and directories give them, and the updates set aside in an unfinished round."""
+    settings = HistorySettings(("rounds", "updates", "sums"))
+    walk(tmp_path, settings)
+    root = tmp_path / "history"
+    for left in ("updates/.round_00002.x.part", "sums/.round_00003.x.part", ".pending"):
+        (root / left).mkdir()
+        (root / left / "00000.safetensors").write_bytes(b"a client's update")
+    (root / ".history.json.x.part").write_text("{}")
+    HistoryWriter(tmp_path, settings, build_aggregator("FedAvg", {})).begin(ServerState(2, state(0.0, 0.0)))
+    assert not [f for f in root.rglob("*") if f.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["sums", "rounds"])
+def test_a_history_with_a_gap_is_not_gone_on_with(tmp_path, kind):
+    walk(tmp_path, settings := HistorySettings((kind,)))
+    shutil.rmtree(tmp_path / "history" / kind / "round_00002")
+    writer = HistoryWriter(tmp_path, settings, build_aggregator("FedAvg", {}))
+    with pytest.raises(ArtifactError, match=rf"the {kind} after round 2 are gone"):
+        writer.begin(ServerState(2, state(0.0, 0.0)))
+
+
+def test_a_start_that_was_altered_is_refused(tmp_path):
+    walk(tmp_path, HistorySettings(("sums",)))
+    file = tmp_path / "history" / "start.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x3f")
+    with pytest.raises(ArtifactError, match=r"start\.safetensors is missing or was altered"):
+        History(tmp_path).start()
 
 
 def test_what_was_altered_is_refused(tmp_path):

@@ -28,6 +28,7 @@ from unfed.base.types import AdapterState, ServerState
 HistoryKind = Literal["rounds", "updates", "sums"]
 HISTORY_KINDS: tuple[HistoryKind, ...] = ("rounds", "updates", "sums")
 HISTORY_DIR = "history"
+START_FILE = "start.safetensors"
 KEPT_SUMS = 3
 """Rounds whose sums stay: a resumed run may go on from a round before the last."""
 
@@ -99,7 +100,13 @@ class History:
 
     def start(self) -> AdapterState:
         """The adapter before the first round."""
-        return read_tensors(self._root / "start.safetensors")
+        return _read(self._root, {"files": {START_FILE: self.start_digest()}}, START_FILE)
+
+    def start_digest(self) -> str | None:
+        """Digest of the file that holds it, as it was written; ``None`` where nothing was."""
+        file = self._root / "history.json"
+        found = read_json(file) if file.is_file() else {}
+        return found.get("start") if isinstance(found, dict) else None
 
     def rounds(self) -> list[int]:
         """Numbers of finished rounds after which a state is kept; 0 is before the first."""
@@ -140,6 +147,10 @@ class History:
         """Clients that have sums."""
         found = numbered(self._root / "sums")
         return list(_manifest(found[-1][1])["clients"]) if found else []
+
+    def sum_rounds(self) -> list[int]:
+        """Numbers of finished rounds after which sums are kept."""
+        return [n for n, _ in numbered(self._root / "sums")]
 
     def sums(self, client_id: str) -> Sums:
         """A client's sums after the last round. ``ArtifactError`` when it has none."""

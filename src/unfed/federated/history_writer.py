@@ -8,13 +8,14 @@ from pathlib import Path
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.tree import delta, full_like, moved, zip_map
-from unfed.base.artifacts import read_tensors, write_json
-from unfed.base.errors import UnfedError
+from unfed.base.artifacts import digest_file, read_tensors, remove_leftovers, write_json
+from unfed.base.errors import ArtifactError, UnfedError
 from unfed.base.types import AdapterState, ClientFailure, ClientUpdate, ServerState
 from unfed.federated.history import (
     HISTORY_DIR,
     HISTORY_KINDS,
     KEPT_SUMS,
+    START_FILE,
     History,
     HistorySettings,
     Sums,
@@ -50,15 +51,43 @@ class HistoryWriter:
         if not self._settings.keep:
             return
         private_dir(self._root)
+        self._sweep()
         for kind in HISTORY_KINDS:
             for number, place in numbered(self._root / kind):
                 if number > state.round or (kind == "updates" and number == state.round):
                     shutil.rmtree(place, ignore_errors=True)
-        write_json(self._root / "history.json", {"keep": self._settings.keep, "every": self._settings.every})
-        (self._root / "history.json").chmod(0o600)
         if state.round == 0:
-            write_private(self._root / "start.safetensors", state.adapter)
+            write_private(self._root / START_FILE, state.adapter)
+            self._write_settings(digest_file(self._root / START_FILE))
             self._write_state(state)
+        else:
+            self._refuse_gaps(state.round)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process was writing: parts of clients' updates, which nobody would ever delete."""
+        shutil.rmtree(self._pending, ignore_errors=True)
+        for place in (self._root, *(self._root / kind for kind in HISTORY_KINDS)):
+            remove_leftovers(place)
+
+    def _write_settings(self, start: str) -> None:
+        known = {"keep": self._settings.keep, "every": self._settings.every, "start": start}
+        write_json(self._root / "history.json", known)
+        (self._root / "history.json").chmod(0o600)
+
+    def _refuse_gaps(self, done: int) -> None:
+        """Raise ``ArtifactError`` where what a resumed run would add to is gone: the rest would be wrong unnoticed."""
+        reader = History(self._root.parent)
+        reader.start()
+        gone = [
+            kind
+            for kind, there in (("sums", reader.sum_rounds()), ("rounds", reader.rounds()))
+            if kind in self._settings.keep and done not in there
+        ]
+        if gone:
+            raise ArtifactError(
+                f"{self._root}: the {gone[0]} after round {done} are gone, so the history cannot be gone on with; "
+                "start afresh with overwrite=true"
+            )
 
     def of_round(
         self, task: FitTask, state: ServerState, answers: Iterable[ClientUpdate | ClientFailure]
