@@ -196,6 +196,14 @@ def test_the_dual_variable_waits_for_the_warm_up_and_moves_once_an_epoch_where_a
 # --- which goes around which ------------------------------------------------------------------------------------------
 
 
+def test_without_its_constraint_it_descends_the_forget_term_alone():
+    """A client that owns nothing to retain has no multiplier: d/dw of 3 w is 3, whatever is around PDU."""
+    w = weights(1.0)
+    rule = gradient_rule(PDU().forget_alone())
+    grads, sums = gradient(Given(lambda: 3 * w.sum()), w, rule=rule)
+    assert grads == [3.0] and sums == {"loss": 3.0, "forget": 3.0}
+
+
 def test_wrappers_are_checked_before_anything_is_built():
     assert wrapper_problems("SAN", {}) == ["unknown wrapper 'SAN'; did you mean 'SAM'? (choices: EWC, GRU, SAM)"]
     assert wrapper_problems("SAM", {"rho": -1}) == ["wrapper.rho: must be a number at least 0, not -1"]

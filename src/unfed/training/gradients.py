@@ -58,7 +58,7 @@ def gradient_rule(objective: Objective, before: int = 0, per_epoch: int = 1) -> 
             rule = SharpnessAware(part.rho)
         elif isinstance(part, GRU):
             rule = Rectified(part.gamma)
-        elif isinstance(part, PDU):
+        elif isinstance(part, PDU) and part.held:  # without its constraint there is no multiplier to move
             rule = PrimalDual(rule, part, before, per_epoch)
     return rule
 
