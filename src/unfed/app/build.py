@@ -9,9 +9,9 @@ from pathlib import Path
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
 from unfed.app.progress import say
-from unfed.app.rundir import PARTITION_FILE
-from unfed.base.artifacts import digest_json
-from unfed.base.errors import ConfigError, DataError, UnfedError
+from unfed.app.rundir import PARTITION_FILE, RUN_FILE
+from unfed.base.artifacts import digest_json, read_json
+from unfed.base.errors import ArtifactError, ConfigError, DataError, UnfedError
 from unfed.base.types import Example
 from unfed.config.checks import alternate_problems
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
@@ -120,14 +120,28 @@ def _load(config: DatasetConfig | None, data_dir: str | None) -> tuple[Example, 
 
 
 def find_manifest(config: RunConfig) -> Path | None:
-    """The partition manifest this run must follow: the one it names, or that beside its adapter."""
+    """The partition manifest this run must follow: the one it names, or that beside its adapter.
+
+    Raises ``ArtifactError`` where a training made the adapter and its manifest is gone: dealing its rows anew would
+    ask clients to forget what others have learnt.
+    """
     if config.partition.manifest is not None:
         return Path(config.partition.manifest)
     args = config.model.model_args
     for place in (args.lora_model_path, args.pretrained_model_name_or_path):
         if place is not None and (Path(place) / PARTITION_FILE).is_file():
             return Path(place) / PARTITION_FILE
+        if place is not None and _was_trained_here(Path(place)):
+            raise ArtifactError(
+                f"{place}: its {PARTITION_FILE}, which says whose row is whose, is gone; give a copy of it as "
+                "partition.manifest"
+            )
     return None
+
+
+def _was_trained_here(place: Path) -> bool:
+    record = read_json(place / RUN_FILE) if (place / RUN_FILE).is_file() else {}
+    return isinstance(record, dict) and record.get("mode") in {"finetune", "unlearn"}
 
 
 def settle_partition(config: RunConfig, rows: Rows) -> tuple[Partition, str]:

@@ -15,9 +15,9 @@ from unfed.app.build import forget_rows
 from unfed.app.evaluate import evaluation_rows
 from unfed.app.probe import origin_of
 from unfed.app.progress import say
-from unfed.app.recipes import made_by, source_directory
 from unfed.app.requests import settle
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, seen_rows, training_identity
+from unfed.app.source import made_by, source_directory
 from unfed.app.stages import Start, carry_on
 from unfed.base.artifacts import digest_file, digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from unfed.aggregation.base import Aggregator, WeightedMean
-from unfed.aggregation.registry import build_aggregator
+from unfed.aggregation.base import Aggregator
 from unfed.app import build
 from unfed.app.progress import say
-from unfed.app.rundir import PARTITION_FILE, RUN_FILE, RunDir
+from unfed.app.rundir import PARTITION_FILE, RunDir
 from unfed.app.schedules import alone, finetune_schedule, ingredients_of
-from unfed.base.artifacts import digest_json, read_json
-from unfed.base.errors import ArtifactError, ConfigError, UnfedError
+from unfed.app.source import made_by, read_source, source_directory
+from unfed.base.artifacts import digest_json
+from unfed.base.errors import ConfigError, UnfedError
 from unfed.base.types import AdapterState, ServerState, Split
 from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
-from unfed.config.shape import validate
 from unfed.data.partition import Partition
 from unfed.federated.client import ClientData
-from unfed.federated.history import HISTORY_DIR, History, HistorySettings
+from unfed.federated.history import HISTORY_DIR, HistorySettings
 from unfed.federated.history_writer import HistoryWriter
 from unfed.federated.schedule import Schedule
 from unfed.models.load import LoadedModel
@@ -41,49 +39,6 @@ def recipe_of(config: RunConfig) -> Recipe:
     """The recipe of an unlearning run (in one place: the only one that needs no clients)."""
     given = config.recipe
     return build_recipe(given.name, given.params) if given is not None else build_recipe("local_then_recover", {})
-
-
-def made_by(config: RunConfig) -> tuple[Path | None, Mapping[str, Any]]:
-    """The run that made the model to start from: its directory and its ``run.json`` (``None`` and nothing: no run)."""
-    args = config.model.model_args
-    for named in (args.lora_model_path, args.pretrained_model_name_or_path):
-        place = Path(named) if named is not None else None
-        if place is not None and (place / RUN_FILE).is_file():
-            record = read_json(place / RUN_FILE)
-            return place, record if isinstance(record, Mapping) else {}
-    return None, {}
-
-
-def source_directory(config: RunConfig) -> Path | None:
-    """The run directory of the fine-tuning that the adapter comes from, through all unlearning runs in between."""
-    place, record = made_by(config)
-    if record.get("mode") == "finetune":
-        return place
-    if record.get("mode") == "unlearn" and (source := record.get("source")) is not None:
-        return Path(source) if (Path(source) / RUN_FILE).is_file() else None
-    return None
-
-
-def read_source(place: Path) -> tuple[Source, RunConfig]:
-    """A fine-tuning as its ``run.json`` tells it, and its configuration. ``ArtifactError`` when that cannot be read."""
-    record = read_json(place / RUN_FILE)
-    stored = record.get("config") if isinstance(record, Mapping) else None
-    made, problems = validate(stored) if isinstance(stored, dict) else (None, ["it holds no configuration"])
-    if made is None or problems:
-        raise ArtifactError(f"{place / RUN_FILE} cannot be read as a run of this version: {'; '.join(problems)}")
-    rounds = record.get("rounds") or []
-    rule = build_aggregator(made.aggregator.name, made.aggregator.params) if made.aggregator else None
-    source = Source(
-        directory=place,
-        participants=tuple(tuple(r["clients"]) for r in rounds),
-        client_steps=int(sum(m.get("steps", 0) for r in rounds for m in r["metrics"].values())),
-        nbytes=sum(r["bytes_down"] + r["bytes_up"] for r in rounds),
-        aggregator=rule.name if rule else "none",
-        mean_step=rule.mean_step if rule else None,
-        kept=History(place).settings,
-        weighting=rule.weighting if isinstance(rule, WeightedMean) else "examples",
-    )
-    return source, made
 
 
 def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
@@ -248,7 +203,9 @@ def plan_of(
     cost = expected_cost(plan, clients, args, given.start.nbytes)
     source = situation.source
     notes = {"recipe": announce(recipe, plan, given, cost)}
-    return plan, notes | ({"source": str(source.directory)} if source else {})
+    if source is not None:
+        notes |= {"source": str(source.directory.absolute()), "source_adapter": source.result}
+    return plan, notes
 
 
 def adapters_of(plan: Plan, opened: AdapterState) -> dict[str, str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from unfed.app import build
 from unfed.app.progress import say
-from unfed.app.recipes import made_by, read_source, recipe_of, source_directory
-from unfed.app.rundir import PARTITION_FILE, plain, seen_rows
-from unfed.base.errors import ConfigError, DataError, UnfedError, nearest
+from unfed.app.recipes import recipe_of
+from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, seen_rows
+from unfed.app.source import made_by, read_source, source_directory
+from unfed.base.errors import ArtifactError, ConfigError, DataError, UnfedError, nearest
 from unfed.base.types import Example
 from unfed.config.schema import ForgetConfig, RunConfig
 from unfed.data.partition import Partition
@@ -169,7 +170,13 @@ def forgotten_before(config: RunConfig) -> tuple[Forgotten, ...]:
             f"WARNING: {place} does not say which rows it forgot (an earlier version made it): they are not left out "
             "of the rows that are retained now, unless retain_split leaves them out"
         )
-    return tuple(record.get("forgotten", ()))
+    found = record.get("forgotten", ())
+    whole = isinstance(found, Sequence) and all(
+        isinstance(r, Mapping) and isinstance(r.get("ids"), list) for r in found
+    )
+    if not whole:
+        raise ArtifactError(f"{place / RUN_FILE}: what it says was forgotten cannot be read, it was altered")
+    return tuple(found)
 
 
 def note(config: RunConfig, forget: Sequence[Example], partition: Partition, before: Sequence[Forgotten]) -> list[Any]:
@@ -205,9 +212,7 @@ def seen_after(config: RunConfig, rows: build.Rows, adapter: str | None, source:
     The result of an exact recipe saw what the fine-tuning's own start had seen, and the rows that are retained.
     """
     if config.mode == "unlearn" and source is not None and recipe_of(config).promise.kind == "exact":
-        args = read_source(source.directory)[1].model.model_args
-        start = seen_rows(args.lora_model_path) | seen_rows(args.pretrained_model_name_or_path)
-        return sorted(start | {row["id"] for row in rows.retain})
+        return sorted(source.start_saw | {row["id"] for row in rows.retain})
     return sorted(seen_rows(adapter) | rows.ids())
 
 

@@ -29,6 +29,7 @@ from unfed.app.rundir import (
     training_identity,
 )
 from unfed.app.schedules import resolved_settings
+from unfed.app.source import refuse_changed
 from unfed.app.tracking import tracking
 from unfed.base.artifacts import digest_json, write_json
 from unfed.base.errors import AdapterError, ArtifactError, UnfedError
@@ -156,8 +157,12 @@ def prepared(
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
     gone = {i for request in before for i in request["ids"]}
     retain = {e["id"] for e in rows.retain}
-    situation = recipes.situation_of(recipes.recipe_of(config), partition, retain, targets, source, gone)
+    recipe = recipes.recipe_of(config)
+    situation = recipes.situation_of(recipe, partition, retain, targets, source, gone)
+    known = len(({e["id"] for e in rows.forget} | gone) & source.start_saw) if source else 0
+    situation = dataclasses.replace(situation, known_at_start=known)
     recipes.refuse_unmet(config, dataclasses.replace(situation, no_lora=second.without_lora(config)))
+    refuse_changed(config, recipe, source, rows)
     return rows, partition, where, situation
 
 

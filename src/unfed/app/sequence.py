@@ -25,6 +25,7 @@ from unfed.config.schema import EvalConfig, ForgetConfig, HistoryConfig, RunConf
 from unfed.evaluation.runner import evaluate
 from unfed.models.load import LoadedModel
 from unfed.report.sequence import START, Asked, Look, Scores, SequenceReport, table, write_sequence_page
+from unfed.unlearning.base import Source
 
 SEQUENCE_FILE = "sequence.json"
 UTILITY = "model_utility"
@@ -86,12 +87,14 @@ def foresee(plan: Plan) -> Foreseen:
     forget: dict[str, tuple[Example, ...]] = {}
     clients: dict[str, Mapping[str, int]] = {}
     gone: list[requests.Forgotten] = []
+    done: list[RunConfig] = []
     kept: tuple[Example, ...] = ()
     for name, config in plan.steps.items():
         say(f"request {name}:")
         try:
             settled, before = requests.settle(replace(config, overwrite=True), gone)
-            rows, partition, _, _ = prepared(*recipes.settled(settled), before)
+            found, source = recipes.settled(settled)
+            rows, partition, _, _ = prepared(found, _as_then(source, config, done), before)
         except ConfigError as e:
             raise ConfigError([f"request {name}: {p}" for p in e.problems]) from e
         except UnfedError as e:
@@ -100,7 +103,15 @@ def foresee(plan: Plan) -> Foreseen:
         own = [e["id"] for e in rows.forget]
         clients[name] = {c: len(i) for c, i in partition.owners(own).items()}
         gone.append({"ids": own})
+        done.append(config)
     return Foreseen(forget, clients, kept)
+
+
+def _as_then(source: Source | None, config: RunConfig, done: Sequence[RunConfig]) -> Source | None:
+    """The fine-tuning as a request will find it after others: with their adapter in between. Shards that are handed on
+    from one isolated request to the next are those of the model to start from."""
+    handed_on = all(c.recipe is not None and c.recipe.name == "isolated" for c in (config, *done))
+    return replace(source, opened=Path(done[-1].paths.output_dir)) if source and done and not handed_on else source
 
 
 def _asked(name: str, config: RunConfig, ahead: Foreseen) -> Asked:

@@ -26,6 +26,8 @@ class Source:
     cost (optimizer steps over all clients; bytes sent both ways). ``mean_step``: see
     :attr:`unfed.aggregation.base.Aggregator.mean_step`. ``weighting``: of the clients in the server's mean. ``opened``
     is the directory of the adapter that is to forget, where an unlearning lies between that and the fine-tuning.
+    ``result`` is the digest of the adapter that it gave. ``start_saw`` are the ids of the rows that the model which it
+    began with had been trained on.
     """
 
     directory: Path
@@ -37,6 +39,8 @@ class Source:
     kept: HistorySettings
     weighting: Weighting = "examples"
     opened: Path | None = None
+    result: str | None = None
+    start_saw: frozenset[str] = frozenset()
 
     def weight(self, num_examples: int) -> float:
         """A client's weight in the server's mean, before the weights are divided by their sum."""
@@ -68,13 +72,15 @@ class Situation:
     """What is known before a model is opened. ``targets`` own what is to be forgotten, ``retainers`` own rows that are
     to be kept (targets too, where they do). ``before`` own what earlier requests on this model have forgotten; for a
     recipe that trains again (``Demands.replay``) they are among the targets. ``no_lora``: why the run does not start
-    from a learned, plain LoRA adapter and what to do about it (``None``: it does)."""
+    from a learned, plain LoRA adapter and what to do about it (``None``: it does). ``known_at_start``: how many of the
+    rows to be forgotten, now or before, the model that the fine-tuning began with had been trained on."""
 
     targets: tuple[str, ...]
     retainers: tuple[str, ...]
     source: Source | None = None
     before: tuple[str, ...] = ()
     no_lora: str | None = None
+    known_at_start: int = 0
 
     @property
     def keeping(self) -> tuple[str, ...]:
@@ -229,6 +235,12 @@ def unmet(recipe: Recipe, situation: Situation) -> list[str]:
         way = "name a directory that unfed train made, or use recipe=local_then_recover"
         return [f"{key}: {what}, and the adapter that is to forget comes without one; {way}"]
     found = []
+    if source is not None and wants.replay and situation.known_at_start:
+        found.append(
+            f"{key}: {source.directory} went on from a model that had been trained on {situation.known_at_start} of "
+            "the rows to be forgotten, so training it again would not be without them; have that model forget them "
+            "and fine-tune again from there, or use recipe=local_then_recover"
+        )
     if source is not None and (missing := sorted(wants.history - set(source.kept.keep))):
         kept = ", ".join(source.kept.keep) or "nothing"
         found.append(

@@ -64,7 +64,7 @@ class Subtract(Recipe):
     def promise_for(self, situation: Situation) -> Promise:
         """Exact where no other client has built on what the target sent."""
         source = situation.source
-        if source is None or not source.direct:
+        if source is None or not source.direct or situation.known_at_start:
             return self.promise
         first = source.first_round(situation.targets)
         if first is None:
