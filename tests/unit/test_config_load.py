@@ -150,6 +150,11 @@ WRONG = {
         "global_rounds=0",
         "at least 1",
     ),
+    "one scaled gradient a round": (
+        {"recipe.name": "fedosd", "trainer.args.fp16": True},
+        "trainer.args.fp16: recipe=fedosd",
+        "trainer.args.bf16=true",
+    ),
     "two methods": ({"trainer.method_args.unlearn_trainer_cls": "SimNPO"}, "unlearn_trainer_cls=SimNPO", "method=NPO"),
     "two strategies": (
         {"trainer.method_args.aggregation_strategy": "FedYogi"},

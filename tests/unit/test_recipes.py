@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from unfed.app.outcome import left_out
 from unfed.base.errors import ConfigError, UnfedError
 from unfed.config.schema import RECIPES as NAMES
+from unfed.federated.checkpoint import RoundRecord
 from unfed.federated.schedule import Participation, Phase, Schedule, Work
 from unfed.objectives.nll import NLL
 from unfed.objectives.npo import NPO
@@ -167,3 +169,34 @@ def test_too_few_survivors():
         Participation(1.0, 1).check(0, 3, [])
     Participation(1.0, 2).check(1, 1, [])  # a phase with fewer clients than min_clients
     Participation(1.0, 2).check(2, 3, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("local_then_recover", {}), ("interleaved", {}), ("fedosd", {"unlearn_rounds": 3}), ("task_arithmetic", {}),
+        ("unlearning_adapter", {}), ("unlearning_adapter", {"forget": "none"}),
+    ],
+)  # fmt: skip
+def test_rounds_before_the_global_ones_are_those_of_the_plan(name, params):
+    recipe = build_recipe(name, params)
+    ingredients = given()
+    planned = recipe.plan(ingredients).schedule.num_rounds
+    assert recipe.rounds_before + ingredients.global_rounds == planned
+
+
+def test_a_run_in_which_no_target_unlearned_is_not_finished():
+    """Each in one of two rounds is enough; one that is silent in both is told; where both are, nothing was done."""
+    schedule = build_recipe("fedosd", {"unlearn_rounds": 2}).plan(given(targets=["client_0", "client_1"])).schedule
+    targets = ["client_0", "client_1"]
+
+    def record(number: int, *clients: str) -> RoundRecord:
+        failures = {c: "NaN" for c in targets if c not in clients}
+        return RoundRecord(number, "unlearn", clients, failures, 1, "", "", 0, 0, 0.0, None, False)
+
+    assert left_out(schedule, [record(0, "client_0"), record(1, "client_1")], targets) == []
+    assert left_out(schedule, [record(0, "client_0"), record(1, "client_0")], targets) == [
+        "client_1 did not unlearn in phase unlearn: NaN"
+    ]
+    with pytest.raises(UnfedError, match=r"nothing was unlearned in phase unlearn, .*client_0: NaN; client_1: NaN"):
+        left_out(schedule, [record(0, "client_2"), record(1, "client_2")], targets)

@@ -77,6 +77,12 @@ def test_a_direction_gets_the_kept_length_tensor_by_tensor():
     torch.testing.assert_close(found["B"], torch.zeros(2))
 
 
+def test_a_direction_whose_squares_are_0_in_float32_has_a_length():
+    """3e-30 and 4e-30 are 5e-30 long; as long as 10 that is 6 and 8."""
+    found = calibrated(state(3e-30, 4e-30), state(0.0, 10.0))
+    torch.testing.assert_close(found[NAME], torch.tensor([[6.0, 8.0]]))
+
+
 def test_it_begins_with_the_first_kept_round_as_it_was_without_the_target(tmp_path):
     """Updates of round 0: a (1, 1), b (3, 1), c (4, 1). Without b: (1 * 1 + 4 * 4) / 5 = 3.4."""
     source = walked(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from unfed.app.progress import say
 from unfed.base.errors import UnfedError
@@ -51,13 +52,20 @@ def warnings_of(schedule: Schedule, client: Client, records: list[RoundRecord]) 
     return found
 
 
-def left_out(schedule: Schedule, records: list[RoundRecord]) -> list[str]:
-    """Clients that should have unlearned, and of whom no round of a phase has a usable update."""
+def left_out(schedule: Schedule, records: list[RoundRecord], targets: Sequence[str]) -> list[str]:
+    """Clients that should have unlearned (``targets``) or taken part, and of whom no round of a phase has a usable
+    update. ``UnfedError`` where that is every target of a phase: nothing was unlearned there."""
     found = []
     for phase in schedule.phases:
         heard = {c for r in records if r.phase == phase.name for c in r.clients}
         reasons = {c: why for r in records if r.phase == phase.name for c, why in r.failures.items()}
-        for name in (c for c in phase.always if c not in heard):
-            found.append(f"{name} did not unlearn in phase {phase.name}: {reasons.get(name, 'it returned no update')}")
+        silent = [c for c in phase.always if c not in heard]
+        asked = [c for c in phase.always if c in targets]
+        if asked and set(asked) <= set(silent):
+            why = "; ".join(f"{c}: {reasons.get(c, 'it returned no update')}" for c in asked)
+            raise UnfedError(f"nothing was unlearned in phase {phase.name}, no target returned a usable update: {why}")
+        for name in silent:
+            what = "did not unlearn" if name in targets else "took no part"
+            found.append(f"{name} {what} in phase {phase.name}: {reasons.get(name, 'it returned no update')}")
             say(f"WARNING: {found[-1]}")
     return found

@@ -22,13 +22,9 @@ from unfed.models.shapes import adapted_shapes, parameter_shapes
 from unfed.models.source import resolve_source
 from unfed.models.spec import ADAPTER_WEIGHTS
 from unfed.training.args import LoopArgs, loop_args
-from unfed.unlearning.distill import DistillRecipe
 from unfed.unlearning.federaser import FedEraser
-from unfed.unlearning.fedosd import FedOSD
 
 MB = 1e6
-TARGETS_FIRST = ("local_then_recover", "unlearning_adapter", "task_arithmetic", "pga")
-"""Recipes with a round of the targets alone before the global ones."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +144,4 @@ def _rounds(config: RunConfig, global_rounds: int) -> int:
     place = source_directory(config) if recipe.demands.replay else None
     if place is not None:
         return len(read_source(place)[0].participants) + (recipe.final_rounds if isinstance(recipe, FedEraser) else 0)
-    if isinstance(recipe, FedOSD):
-        return recipe.unlearn_rounds + global_rounds
-    if isinstance(recipe, DistillRecipe):
-        return recipe.distill_rounds + global_rounds
-    first = recipe.name in TARGETS_FIRST and recipe.settings().get("forget") != "none"
-    return int(first) + global_rounds
+    return recipe.rounds_before + global_rounds

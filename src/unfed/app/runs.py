@@ -200,7 +200,8 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         directory.note(schedule=schedule.table(), settings=settings, **notes)
         work = _Training(config, directory, loaded, local, clients, rule, plan, situation)
         state = _rounds(work, client, state, keeper, start.adapter)
-        warnings = [*warnings_of(schedule, client, keeper.records), *left_out(schedule, keeper.records)]
+        warnings = warnings_of(schedule, client, keeper.records)
+        warnings += left_out(schedule, keeper.records, situation.targets)
         seen = requests.seen_after(config, rows, loaded.adapter_path, source)
         loaded, local, adapter = _served(work, state)
         _save(directory, loaded, local, adapter, clients, seen)

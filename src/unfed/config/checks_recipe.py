@@ -20,6 +20,11 @@ def recipe_settings(config: RunConfig) -> Iterator[str]:
         yield f"trainer.method_args.schedule={given} contradicts recipe={config.recipe.name}"
     if config.recipe is not None and config.recipe.name == "isolated":
         yield from _isolated(config)
+    if config.recipe is not None and config.recipe.name == "fedosd" and trainer.args.get("fp16"):
+        yield (
+            "trainer.args.fp16: recipe=fedosd has a client send one gradient a round, and fp16's loss scaling leaves "
+            "out a step that overflows, as the first ones do; use trainer.args.bf16=true"
+        )
     if config.history.every < 1:
         yield f"history.every={config.history.every}: must be at least 1"
 

@@ -199,6 +199,11 @@ class Recipe(Hyperparameters):
         """As in ``recipe=``."""
         return self.title
 
+    @property
+    def rounds_before(self) -> int:
+        """Rounds before the ``global_rounds``, for those who ask before there is a plan."""
+        return 0
+
     def problems(self, situation: Situation) -> list[str]:
         """What keeps this recipe from working here, beside its demands; each with the way out."""
         del situation

@@ -40,6 +40,11 @@ class DistillRecipe(Subtract):
         "the target's own updates are gone, but the teacher had learnt its rows and may pass some of it on",
     )
 
+    @property
+    def rounds_before(self) -> int:
+        """See :class:`Recipe`."""
+        return self.distill_rounds
+
     def promise_for(self, situation: Situation) -> Promise:
         """Never exact: the teacher is computed from the target's rows."""
         del situation

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
 from torch.linalg import vector_norm
 
 from unfed.aggregation.tree import RunningMean, delta, moved, zip_map
@@ -110,8 +112,13 @@ class Calibrate:
 
 
 def calibrated(direction: AdapterState, kept: AdapterState) -> AdapterState:
-    """``||kept|| direction / ||direction||`` tensor by tensor; zero where ``direction`` is."""
-    return zip_map(lambda d, k: d * (vector_norm(k) / vector_norm(d)) if d.any() else d, direction, kept)
+    """``||kept|| direction / ||direction||`` tensor by tensor; zero where ``direction`` is. Lengths are in float64: the
+    squares of a small update would be 0 in float32."""
+
+    def as_long(d: Tensor, k: Tensor) -> Tensor:
+        return d * (vector_norm(k, dtype=torch.float64) / vector_norm(d, dtype=torch.float64)) if d.any() else d
+
+    return zip_map(as_long, direction, kept)
 
 
 def _others(source: Source, targets: tuple[str, ...]) -> dict[int, tuple[str, ...]]:

@@ -55,6 +55,11 @@ class FedOSD(Recipe):
     unlearn_rounds: int = whole(20, at_least=1)
     lr: float = number(1.0, above=0)
 
+    @property
+    def rounds_before(self) -> int:
+        """See :class:`Recipe`."""
+        return self.unlearn_rounds
+
     def problems(self, situation: Situation) -> list[str]:
         """Nobody whose gradients could be spared."""
         if _others(situation):

@@ -24,6 +24,11 @@ class LocalThenRecover(Recipe):
         "approximate", "the method lowers what the model says of the forget rows; nothing proves that they are gone"
     )
 
+    @property
+    def rounds_before(self) -> int:
+        """See :class:`Recipe`."""
+        return 1
+
     def plan(self, given: Ingredients) -> Plan:
         """See :meth:`Recipe.plan`."""
         work = {c: Work("forget", given.forget, given.unlearn_epochs) for c in given.targets}

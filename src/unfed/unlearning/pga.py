@@ -52,6 +52,11 @@ class PGA(Recipe):
     radius: float = number(0.577, above=0)
     early_stop: float = number(0.073, above=0)
 
+    @property
+    def rounds_before(self) -> int:
+        """See :class:`Recipe`."""
+        return 1
+
     def problems(self, situation: Situation) -> list[str]:
         """Targets of which no update is kept."""
         source = situation.source

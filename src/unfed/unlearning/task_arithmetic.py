@@ -64,6 +64,11 @@ class TaskArithmetic(OnTop):
         "beneath and is to be deleted before the result may count as forgetting",
     )
 
+    @property
+    def rounds_before(self) -> int:
+        """See :class:`Recipe`."""
+        return 1
+
     def plan(self, given: Ingredients) -> Plan:
         """See :meth:`Recipe.plan`."""
         work = {c: Work("forget", NLL("forget"), given.unlearn_epochs) for c in given.targets}

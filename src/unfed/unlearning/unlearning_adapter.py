@@ -36,6 +36,11 @@ class UnlearningAdapter(OnTop):
         "and is to be deleted before the result may count as forgetting",
     )
 
+    @property
+    def rounds_before(self) -> int:
+        """See :class:`Recipe`."""
+        return int(self.forget == "method")
+
     def problems(self, situation: Situation) -> list[str]:
         """Overwriting needs somebody who trains."""
         if self.forget == "none" and not situation.retainers:
