@@ -146,6 +146,19 @@ def test_a_sequence_foresees_what_a_later_request_will_find(learning, asking, le
     assert not place.exists()
 
 
+@pytest.mark.parametrize("first", ["unlearning_adapter", "not_lora", "retrain", "fedosd"])
+def test_shares_are_taken_out_of_the_adapter_that_they_are_in_alone(asking, learnt, tmp_path, first):
+    """A second adapter makes the rank another one, a negation the sign, training again all of it; steps do not."""
+    one = run(asking(learnt, tmp_path / "one", first, forget=ForgetConfig(clients=(2,)))).directory
+    config = asking(one, tmp_path / "two", forget=ForgetConfig(clients=(1,)))
+    config = dataclasses.replace(config, recipe=RecipeConfig("subtract", {"renormalize": False}))
+    if first == "fedosd":
+        assert len(run(config).records) == 1
+        return
+    with pytest.raises(UnfedError, match=rf"recipe=subtract: .* recipe={first} has since made one by other steps"):
+        run(config)
+
+
 def test_a_client_that_leaves_as_a_whole_unlearns_with_pdu(asking, learnt, tmp_path):
     config = asking(learnt, tmp_path / "run", method=MethodConfig("PDU"), forget=ForgetConfig(clients=(2,)))
     assert [(r.phase, r.failures) for r in run(config).records] == [("unlearn", {}), ("recover", {})]

@@ -160,7 +160,8 @@ def prepared(
     recipe = recipes.recipe_of(config)
     situation = recipes.situation_of(recipe, partition, retain, targets, source, gone)
     known = len(({e["id"] for e in rows.forget} | gone) & source.start_saw) if source else 0
-    situation = dataclasses.replace(situation, known_at_start=known)
+    since = tuple(str(r["recipe"]) for r in before if r.get("recipe"))
+    situation = dataclasses.replace(situation, known_at_start=known, since=since)
     recipes.refuse_unmet(config, dataclasses.replace(situation, no_lora=second.without_lora(config)))
     refuse_changed(config, recipe, source, rows)
     return rows, partition, where, situation

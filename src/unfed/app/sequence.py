@@ -102,7 +102,7 @@ def foresee(plan: Plan) -> Foreseen:
         forget[name], kept = rows.forget, rows.retain
         own = [e["id"] for e in rows.forget]
         clients[name] = {c: len(i) for c, i in partition.owners(own).items()}
-        gone.append({"ids": own})
+        gone.append({"ids": own, "recipe": config.recipe.name if config.recipe else None})
         done.append(config)
     return Foreseen(forget, clients, kept)
 

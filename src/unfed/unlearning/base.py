@@ -73,7 +73,8 @@ class Situation:
     to be kept (targets too, where they do). ``before`` own what earlier requests on this model have forgotten; for a
     recipe that trains again (``Demands.replay``) they are among the targets. ``no_lora``: why the run does not start
     from a learned, plain LoRA adapter and what to do about it (``None``: it does). ``known_at_start``: how many of the
-    rows to be forgotten, now or before, the model that the fine-tuning began with had been trained on."""
+    rows to be forgotten, now or before, the model that the fine-tuning began with had been trained on. ``since``:
+    recipes of the earlier requests, the first one first."""
 
     targets: tuple[str, ...]
     retainers: tuple[str, ...]
@@ -81,6 +82,7 @@ class Situation:
     before: tuple[str, ...] = ()
     no_lora: str | None = None
     known_at_start: int = 0
+    since: tuple[str, ...] = ()
 
     @property
     def keeping(self) -> tuple[str, ...]:

@@ -12,6 +12,9 @@ from unfed.federated.schedule import Schedule
 from unfed.unlearning.base import Demands, Ingredients, Plan, Promise, Recipe, Situation
 from unfed.unlearning.local_then_recover import recovery
 
+GOES_ON = ("local_then_recover", "interleaved", "subtract", "distill", "pga", "fedosd")
+"""Recipes whose result is the adapter that they were given and steps from there, so that its shares are still in it."""
+
 
 @dataclass(frozen=True)
 class Subtract(Recipe):
@@ -44,7 +47,13 @@ class Subtract(Recipe):
     def problems(self, situation: Situation) -> list[str]:
         """A sum that was not kept, or that is no longer about the adapter that forgets."""
         source, key = situation.source, f"recipe={self.name}"
-        if source is None or not self.renormalize:
+        if source is None:
+            return []
+        if other := [r for r in situation.since if r not in GOES_ON]:
+            what = f"recipe={other[-1]} has since made one by other steps, or of another rank or sign"
+            way = "use recipe=retrain or recipe=local_then_recover"
+            return [f"{key}: what {source.directory} kept are shares in its own adapter, and {what}; {way}"]
+        if not self.renormalize:
             return []
         found = []
         if len(there := took_part(situation)) > 1:
