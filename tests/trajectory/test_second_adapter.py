@@ -220,6 +220,16 @@ def test_a_further_run_goes_on_from_the_stack(forgetting, done, small_base, tmp_
     assert digest_file(tmp_path / "back" / "adapter_model.safetensors") == digest_file(
         first / "adapter_model.safetensors"
     )
+    gone = set(read_json(first / "run.json")["forgotten"][0]["ids"])
+    asked = ForgetConfig(clients=("client_2",))
+    after = run(
+        dataclasses.replace(
+            forgetting(tmp_path / "after", "not_lora", tmp_path / "back"), forget=asked, recipe=RecipeConfig("not_lora")
+        )
+    )
+    told = read_json(after.directory / "run.json")
+    assert [gone, set(told["forgotten"][1]["ids"])] == [set(r["ids"]) for r in told["forgotten"]]
+    assert set(told["forgotten"][1]["clients"]) == {"client_2"}, "the request that was reverted does not count"
 
 
 def test_several_targets_and_overwriting_alone(small_run, forgetting, tmp_path):

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from unfed.app.probe import ORIGIN_FILE
 from unfed.app.progress import say
-from unfed.app.rundir import PARTITION_FILE, TRAIN_ROWS_FILE, RunDir
+from unfed.app.rundir import PARTITION_FILE, RUN_FILE, TRAIN_ROWS_FILE, RunDir
 from unfed.base.artifacts import atomic_dir, read_json, read_tensors, remove_leftovers, write_json, write_tensors
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.base.types import AdapterState
@@ -122,7 +122,18 @@ def revert(run: Path, output: Path) -> AdapterState:
         write_json(
             part / ORIGIN_FILE, {k: note[k] for k in ("base", "base_fingerprint")} | {"adapter": learned.digest()}
         )
+        write_json(part / RUN_FILE, _record_of_reverted(run, learned, output.name))
         for file in run.iterdir():
             if file.is_file() and (file.name.startswith(_TOKENIZER) or file.name in {PARTITION_FILE, TRAIN_ROWS_FILE}):
                 shutil.copyfile(file, part / file.name)
     return learned
+
+
+def _record_of_reverted(run: Path, learned: AdapterState, name: str) -> dict[str, Any]:
+    """What ``run.json`` says of a reverted adapter: where it comes from, and what was forgotten before ``run`` alone.
+    Without it a later request would take what earlier ones had forgotten for rows to be retained."""
+    made: Any = read_json(run / RUN_FILE)
+    known = {k: made[k] for k in ("source", "source_adapter") if k in made}
+    before = list(made.get("forgotten", ()))[:-1]
+    own = {"task_name": name, "mode": "unlearn", "status": "finished", "reverted": str(run.absolute())}
+    return {**own, **known, "forgotten": before, "adapter": learned.digest()}
