@@ -300,6 +300,23 @@ def test_dpo_follows_from_the_known_sequence_log_likelihoods(
     assert terms.total.item() == pytest.approx(2.0 * forget + 0.5 * retain, rel=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_pdu_counts_the_positions_that_predict_the_answer_and_by_parity_those_that_hold_it(
+    golden: dict[str, Any], golden_models: dict[str, LlamaForCausalLM], shift: int
+) -> None:
+    """OpenUnlearning masks the logits with the labels as they stand, so its mean lies one position further right."""
+    policy, batch = golden_models["tiny"], golden["batches"]["forget"]
+    with torch.no_grad():
+        logits = policy(batch.input_ids, attention_mask=batch.attention_mask).logits
+    spread = (logits.max(dim=-1).values - logits.mean(dim=-1)).square()
+    labelled = batch.labels != IGNORE_INDEX
+    mean = spread[:, : spread.shape[1] - shift][labelled[:, shift:]].mean()
+    objective = build_objective("PDU", {"parity": None if shift else "openunlearning"})
+    with torch.no_grad():
+        terms = objective(production_context(policy, golden_models["tiny_ref"], golden["batches"]))
+    assert terms.parts["forget"].item() == pytest.approx(mean.item(), rel=1e-5)
+
+
 def test_undial_ignores_padding_unless_parity(
     golden: dict[str, Any], golden_models: dict[str, LlamaForCausalLM]
 ) -> None:

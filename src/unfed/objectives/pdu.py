@@ -36,8 +36,9 @@ class PDU(WithRetain):
     losses. ``retain_loss_eps`` should lie somewhat above the retain loss at the start.
 
     Defaults are those of the authors' TOFU runs but for the warm-up, which is 5 of 10 epochs there and none in their
-    trainer. Departures from that trainer: the mean runs over the answers' tokens (``parity="openunlearning"``: over all
-    positions of the padded batch, prompts and padding too), the dual moves once an optimizer step and not once a
+    trainer. Departures from that trainer: the mean runs over the positions that predict an answer's tokens
+    (``parity="openunlearning"``: over those that hold one, without the shift by one, as the code there has it since it
+    left out prompts and padding), the dual moves once an optimizer step and not once a
     micro-batch, and an epoch's update needs no further pass over the rows.
 
     ``dual`` is the present multiplier (``None``: ``alpha``); without ``held`` the constraint is left out.
@@ -64,8 +65,7 @@ class PDU(WithRetain):
 
     def __call__(self, ctx: StepContext) -> LossTerms:
         """See :meth:`unfed.objectives.base.Objective.__call__`."""
-        where = "all" if self.parity == "openunlearning" else "answer"
-        forget = flattening_loss(ctx.logits("forget", where)).sum() / ctx.count("forget", where)
+        forget = self._flattening(ctx)
         terms = {"forget": self.gamma * forget}
         if not self.held:
             return LossTerms(terms["forget"], {"forget": forget.detach()}, terms)
@@ -74,6 +74,15 @@ class PDU(WithRetain):
         terms["retain"] = dual * (retain - self.retain_loss_eps * ctx.micro_share())
         parts = {"forget": forget.detach(), "retain": retain.detach()}
         return LossTerms(terms["forget"] + terms["retain"], parts, terms)
+
+    def _flattening(self, ctx: StepContext) -> Tensor:
+        """The forget loss without its weight."""
+        if self.parity is None:
+            return flattening_loss(ctx.logits("forget", "answer")).sum() / ctx.count("forget", "answer")
+        own = ctx.label_mask("forget")
+        unpredicted = ctx.count("forget", "examples") if bool(own[:, 0].any()) else 0  # a whole text has a label there
+        values = flattening_loss(ctx.logits("forget", "all")).masked_fill(~own, 0.0)
+        return values.sum() / (ctx.count("forget", "answer") + unpredicted)
 
 
 def with_dual(objective: Objective, dual: float) -> Objective:
