@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from unfed.aggregation.lora import EXACT_LIMIT, lora_pairs
 from unfed.app import build
 from unfed.app.methods import unlearning_objective
-from unfed.app.recipes import read_source, recipe_of, source_directory
+from unfed.app.recipes import recipe_of
+from unfed.app.source import read_source, source_directory
 from unfed.base.artifacts import read_tensors
 from unfed.config.schema import RunConfig
 from unfed.models.adapter import live_tensors, lora_scaling, trainable_parameters
