@@ -120,3 +120,12 @@ def test_a_model_with_an_adapter_says_the_same(kernel):
         found = model(input_ids=ids).logits
     assert len(kernel) == 8  # seven projections of the block, and the head
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+
+
+def test_freed_memory_goes_back_where_the_kernels_run(kernel, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels, "_trim", lambda: asked.append)
+    kernels.give_back()
+    monkeypatch.setattr(kernels, "_pointwise", lambda: None)
+    kernels.give_back()
+    assert asked == [0]

@@ -21,6 +21,7 @@ from unfed.evaluation.cache import EvidenceCache
 from unfed.metrics.stats import TokenStats
 from unfed.models.forward import label_logps, labelled_logits, shared_logits
 from unfed.models.generate import Budget, Decoding, Progress, pad_id
+from unfed.models.kernels import give_back
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ the shorter types."""
 
 _CHUNK_VALUES = 1 << 21
 """Logits handled at once in float32: 8 MiB for each of three arrays."""
+
+_BETWEEN = 16
+"""Batches after which freed memory goes back to the system: each time, what comes next has to ask for it again."""
 
 _PADDED = 512
 """Positions from which on a batch of shared rows is large enough to end rather than to pad a shorter row by an eighth:
@@ -90,13 +94,16 @@ def score(given: Pass, encoded: Sequence[EncodedExample], details: Sequence[bool
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     flat = np.full((4 if any(details) else 1, int(offsets[-1])), np.nan, dtype=np.float32)
     done = 0
-    for own, found in _forward(given, encoded):
+    for number, (own, found) in enumerate(_forward(given, encoded)):
         where = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in own])
         flat[0, where] = _logps(found).cpu().numpy()
         chosen = np.repeat([details[i] for i in own], lengths[own])
         if chosen.any():
             tokens = torch.from_numpy(np.flatnonzero(chosen)).to(found.logits.device)
             flat[1:, where[chosen]] = _details(found, tokens).cpu().numpy()
+        del found
+        if number % _BETWEEN == _BETWEEN - 1:
+            give_back()
         done += len(own)
         given.tell("scoring answers", done, len(encoded))
     others = (flat[1] == 1, flat[2], flat[3]) if any(details) else (None, None, None)
