@@ -26,6 +26,7 @@ from unfed.unlearning.base import Ingredients, Situation, Source, unmet
 from unfed.unlearning.federaser import FedEraser, calibrated
 from unfed.unlearning.pga import PGA, Ball, last_model, others_alone
 from unfed.unlearning.registry import build_recipe
+from unfed.unlearning.sgd import plain_sgd
 
 CLIENTS = {"a": 1, "b": 3, "c": 4}
 NAME = "m.lora_A.weight"
@@ -209,7 +210,7 @@ def test_a_target_of_which_no_update_is_kept_is_refused(tmp_path):
 
 def test_its_optimizer_is_sgd_with_momentum_and_a_clipped_gradient(small_local):
     plain = small_local(weight_decay=0.1, warmup_ratio=0.5, lr_scheduler_type="cosine")
-    args = dataclasses.replace(plain.args, **PGA(momentum=0.8, lr=0.02, clip=3.0)._args())
+    args = dataclasses.replace(plain.args, **plain_sgd(0.02, 3.0, momentum=0.8))
     local = type(plain)(plain.model, args, plain.collation, 0)
     optimizer, scheduler = local._optimizer(Extent(10, 0), 1)
     assert isinstance(optimizer, torch.optim.SGD)

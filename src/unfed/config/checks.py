@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from unfed.base.errors import nearest
@@ -35,41 +36,27 @@ RENAMED_ARGS = {
     "per_device_eval_batch_size": "is not used; set eval.batch_size",
 }
 
+NAMED: Mapping[str, tuple[str, Sequence[str], str]] = {
+    "method": ("method", METHODS, "unfed.objectives.registry:objective_problems"),
+    "wrapper": ("wrapper", WRAPPERS, "unfed.objectives.wrappers:wrapper_problems"),
+    "aggregator": ("aggregation strategy", AGGREGATORS, "unfed.aggregation.registry:aggregator_problems"),
+    "recipe": ("recipe", RECIPES, "unfed.unlearning.registry:recipe_problems"),
+}
+"""Groups with a name and hyperparameters: what they are called, the names, and what checks the hyperparameters."""
+
 
 def named_things(config: RunConfig) -> list[str]:
     """Names and hyperparameters that a registry knows: method, aggregator, trainer arguments, metrics."""
     problems: list[str] = []
-    if config.method is not None:
-        if config.method.name not in METHODS:
-            problems.append(f"method.name={config.method.name}: no such method{nearest(config.method.name, METHODS)}")
-        else:
-            from unfed.objectives.registry import objective_problems
-
-            problems += objective_problems(config.method.name, config.method.params)
-    if config.wrapper is not None:
-        name = config.wrapper.name
-        if name not in WRAPPERS:
-            problems.append(f"wrapper.name={name}: no such wrapper{nearest(name, WRAPPERS)}")
-        else:
-            from unfed.objectives.wrappers import wrapper_problems
-
-            problems += wrapper_problems(name, config.wrapper.params)
-    if config.aggregator is not None:
-        name = config.aggregator.name
-        if name not in AGGREGATORS:
-            problems.append(f"aggregator.name={name}: no such aggregation strategy{nearest(name, AGGREGATORS)}")
-        else:
-            from unfed.aggregation.registry import aggregator_problems
-
-            problems += aggregator_problems(name, config.aggregator.params)
-    if config.recipe is not None:
-        name = config.recipe.name
-        if name not in RECIPES:
-            problems.append(f"recipe.name={name}: no such recipe{nearest(name, RECIPES)}")
-        else:
-            from unfed.unlearning.registry import recipe_problems
-
-            problems += recipe_problems(name, config.recipe.params)
+    for group, (what, known, checker) in NAMED.items():
+        given = getattr(config, group)
+        if given is None:
+            continue
+        if given.name not in known:
+            problems.append(f"{group}.name={given.name}: no such {what}{nearest(given.name, known)}")
+        else:  # the registries bring torch, which a mistake in a name should not wait for
+            module, _, function = checker.partition(":")
+            problems += getattr(importlib.import_module(module), function)(given.name, given.params)
     if config.trainer is not None:
         problems += _trainer_args(config.trainer)
     if config.eval is not None:

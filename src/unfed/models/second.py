@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from unfed.aggregation.lora import lora_pairs
@@ -26,8 +26,9 @@ from unfed.base.artifacts import read_json
 from unfed.base.errors import AdapterError, ArtifactError
 from unfed.base.seeding import derive_seed
 from unfed.base.types import AdapterState
-from unfed.models.adapter import ADAPTER_NAME, live_tensors, lora_scaling, restore, snapshot
+from unfed.models.adapter import ADAPTER_NAME, live_tensors, lora_scaling, snapshot
 from unfed.models.spec import ADAPTER_CONFIG
+from unfed.models.stack import reshaped
 
 LEARNED = "learned"
 """PEFT's name of the learned adapter while a second one lies on it."""
@@ -163,14 +164,7 @@ def as_one(model: PeftModel, second: AdapterState) -> tuple[PeftModel, AdapterSt
     learned, s1, s2 = snapshot(model, LEARNED), lora_scaling(model, LEARNED), lora_scaling(model)
     both = stack(learned, second, s1, s2)
     own: Any = model.peft_config[LEARNED]
-    base = own.base_model_name_or_path
-    config = stacked_config(own, ranks_of(both), s1)
-    whole: Any = model
-    one = get_peft_model(whole.unload(), config, adapter_name=ADAPTER_NAME)
-    assert isinstance(one, PeftModel)
-    config.base_model_name_or_path = base
-    restore(one, both)
-    return one, both
+    return reshaped(model, stacked_config(own, ranks_of(both), s1), both), both
 
 
 def _tidy(value: float) -> Any:

@@ -59,13 +59,17 @@ def stacked_model(model: PeftModel, stack: AdapterState, count: int) -> PeftMode
 
     The base's weights are the same tensors; ``model`` is taken apart and of no further use.
     """
-    config = stacked_config(_lora_config(model), count)
-    base, whole = config.base_model_name_or_path, model
-    unloaded: Any = whole.unload()
-    one = get_peft_model(unloaded, config, adapter_name=ADAPTER_NAME)
+    return reshaped(model, stacked_config(_lora_config(model), count), stack)
+
+
+def reshaped(model: PeftModel, config: LoraConfig, adapter: AdapterState) -> PeftModel:
+    """The model with one adapter of another shape in place of all that it has; it is taken apart, as above."""
+    base = config.base_model_name_or_path
+    whole: Any = model
+    one = get_peft_model(whole.unload(), config, adapter_name=ADAPTER_NAME)
     assert isinstance(one, PeftModel)
     config.base_model_name_or_path = base  # PEFT writes the path it was opened from
-    restore(one, stack)
+    restore(one, adapter)
     return one
 
 

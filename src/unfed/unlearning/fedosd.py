@@ -15,6 +15,7 @@ from unfed.base.types import AdapterState, ClientUpdate, Combined, ServerState
 from unfed.federated.schedule import FitTask, Phase, Schedule, Work
 from unfed.objectives.uce import UCE
 from unfed.unlearning.base import Demands, Ingredients, Plan, Promise, Recipe, Situation
+from unfed.unlearning.sgd import plain_sgd
 
 ALL_ROWS = 1_000_000
 """Micro-batches of an optimizer step: more than any client has, so that one step sees all its rows."""
@@ -169,16 +170,4 @@ def _others(situation: Situation) -> tuple[str, ...]:
 
 def _one_gradient() -> dict[str, Any]:
     """Settings under which a client's update is minus its gradient over all rows."""
-    return {
-        "gradient_accumulation_steps": ALL_ROWS,
-        "optim": "sgd",
-        "optim_args": None,
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "lr_scheduler_kwargs": {},
-        "warmup_epochs": 0.0,
-        "warmup_ratio": 0.0,
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
-    }
+    return {"gradient_accumulation_steps": ALL_ROWS, **plain_sgd(lr=1.0, clip=0.0)}

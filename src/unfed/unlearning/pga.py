@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from unfed.models.adapter import live_tensors
 from unfed.objectives.grad_ascent import GradAscent
 from unfed.unlearning.base import Demands, Ingredients, Plan, Promise, Recipe, Situation, Source
 from unfed.unlearning.local_then_recover import recovery
+from unfed.unlearning.sgd import plain_sgd
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,15 @@ class PGA(Recipe):
             last = last_model(source, given.start, client)
             reach = norm(delta(center, last)) + self.early_stop * travelled
             held = Ball(self.radius * travelled, reach, center, last)
-            work[client] = Work("forget", GradAscent(), self.epochs, args=self._args(), constraint=held)
+            work[client] = Work(
+                "forget",
+                GradAscent(),
+                self.epochs,
+                args=plain_sgd(self.lr, self.clip, momentum=self.momentum),
+                constraint=held,
+            )
         ascent = Phase("ascent", 1, work, rule="adopt", always=given.targets)
         return Plan(Schedule((ascent, *recovery(given))), ServerState(0, center))
-
-    def _args(self) -> dict[str, Any]:
-        """Plain SGD at a constant rate, whatever the run trains with."""
-        return {
-            "optim": "sgd",
-            "optim_args": f"momentum={self.momentum}",
-            "learning_rate": self.lr,
-            "lr_scheduler_type": "constant",
-            "lr_scheduler_kwargs": {},
-            "warmup_epochs": 0.0,
-            "warmup_ratio": 0.0,
-            "warmup_steps": 0,
-            "weight_decay": 0.0,
-            "max_grad_norm": self.clip,
-        }
 
 
 @dataclass(frozen=True)
