@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.pop("UNFED_DATA_DIR", None)
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,18 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 AUTHOR_ROWS = 20  # TOFU: every author is a block of 20 rows
+
+
+@pytest.fixture(autouse=True)
+def _no_logging_is_left():
+    """A command that runs in this process has Hydra log to a file of its run; later tests have no such file."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in [h for h in root.handlers if h not in before]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
