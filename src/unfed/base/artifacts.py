@@ -109,6 +109,20 @@ def read_json(path: Path | str) -> Any:
         raise ArtifactError(f"cannot read {path}: {e}") from e
 
 
+def write_sealed(path: Path | str, body: Mapping[str, Any]) -> None:
+    """Write ``body`` as JSON with its own digest, which :func:`read_sealed` checks."""
+    write_json(path, {**body, "digest": digest_json(body)})
+
+
+def read_sealed(path: Path | str) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote; ``ArtifactError`` when it is missing, broken, or was altered since."""
+    found = read_json(path)
+    body = {k: v for k, v in found.items() if k != "digest"} if isinstance(found, dict) else {}
+    if not body or found.get("digest") != digest_json(body):
+        raise ArtifactError(f"{path} was altered")
+    return body
+
+
 def write_tensors(path: Path | str, state: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically."""
     with atomic_path(path) as part:

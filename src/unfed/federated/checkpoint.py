@@ -13,10 +13,9 @@ from typing import Any
 from unfed.base.artifacts import (
     atomic_dir,
     digest_file,
-    digest_json,
-    read_json,
+    read_sealed,
     read_tensors,
-    write_json,
+    write_sealed,
     write_tensors,
 )
 from unfed.base.errors import ArtifactError, UnfedError
@@ -73,7 +72,7 @@ class Checkpoints:
                 "config": self._config,
                 "records": [asdict(r) for r in records],
             }
-            write_json(part / "state.json", {**body, "digest": digest_json(body)})
+            write_sealed(part / "state.json", body)
         # Later rounds are of a run that could not be resumed: they would push out the rounds of this one.
         own = f"round_{state.round:05d}"
         rounds = self._rounds()
@@ -147,11 +146,7 @@ class Checkpoints:
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    found = read_json(directory / "state.json")
-    body = {k: v for k, v in found.items() if k != "digest"} if isinstance(found, dict) else {}
-    if not body or found.get("digest") != digest_json(body):
-        raise ArtifactError(f"{directory / 'state.json'} was altered")
-    return body
+    return read_sealed(directory / "state.json")
 
 
 def differing_keys(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from unfed.base.artifacts import (
     atomic_dir,
     digest_file,
-    digest_json,
     read_json,
+    read_sealed,
     read_tensors,
-    write_json,
+    write_sealed,
     write_tensors,
 )
 from unfed.base.errors import ArtifactError
@@ -202,17 +202,13 @@ def round_dir(root: Path, number: int, body: Mapping[str, Any]) -> Iterator[Path
         yield part
         files = {f.name: digest_file(f) for f in sorted(part.glob("*.safetensors"))}
         whole = {"round": number, **body, "files": files}
-        write_json(part / "round.json", {**whole, "digest": digest_json(whole)})
+        write_sealed(part / "round.json", whole)
         (part / "round.json").chmod(0o600)
     (root / _name(number)).chmod(0o700)
 
 
 def _manifest(place: Path) -> dict[str, Any]:
-    found = read_json(place / "round.json")
-    body = {k: v for k, v in found.items() if k != "digest"} if isinstance(found, dict) else {}
-    if not body or found.get("digest") != digest_json(body):
-        raise ArtifactError(f"{place / 'round.json'} was altered")
-    return body
+    return read_sealed(place / "round.json")
 
 
 def _read(place: Path, manifest: Mapping[str, Any], name: str) -> AdapterState:

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from unfed.aggregation.base import Aggregator
-from unfed.base.artifacts import atomic_dir, digest_file, digest_json, read_json, read_tensors, write_json
+from unfed.base.artifacts import (
+    atomic_dir,
+    digest_file,
+    read_sealed,
+    read_tensors,
+    write_json,
+    write_sealed,
+)
 from unfed.base.errors import ArtifactError
 from unfed.base.seeding import derive_seed
 from unfed.base.types import AdapterState, ServerState
@@ -78,7 +85,7 @@ class ShardStore:
         with atomic_dir(self.root / shard.name) as part:
             write_private(part / _ADAPTER, adapter)
             body = {"index": shard.index, "rows": shard.rows, "start": start, "file": digest_file(part / _ADAPTER)}
-            write_json(part / _MANIFEST, {**body, "digest": digest_json(body)})
+            write_sealed(part / _MANIFEST, body)
             (part / _MANIFEST).chmod(0o600)
         (self.root / shard.name).chmod(0o700)
 
@@ -92,12 +99,7 @@ class ShardStore:
         (self.root / "shards.json").chmod(0o600)
 
     def _manifest(self, name: str) -> dict[str, Any]:
-        file = self.root / name / _MANIFEST
-        found = read_json(file)
-        body = {k: v for k, v in found.items() if k != "digest"} if isinstance(found, dict) else {}
-        if not body or found.get("digest") != digest_json(body):
-            raise ArtifactError(f"{file} was altered")
-        return body
+        return read_sealed(self.root / name / _MANIFEST)
 
 
 @dataclass(frozen=True)
