@@ -23,7 +23,7 @@ from unfed.app import build, runs
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import AdapterError, ConfigError, UnfedError
-from unfed.base.types import AdapterState, ClientUpdate, ServerState
+from unfed.base.types import AdapterState, Broadcast, ClientUpdate, ServerState
 from unfed.config.schema import AggregatorConfig, EvalConfig, MethodConfig
 from unfed.config.schema_eval import GenerationConfig
 from unfed.data.chat import Template, encode_rows
@@ -142,7 +142,7 @@ def test_an_adapter_without_gradient_stops_the_run(small_local, small_examples):
     local = small_local(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     local.model.get_input_embeddings()._forward_hooks.clear()
     with pytest.raises((AdapterError, RuntimeError), match=r"received no gradient|does not require grad"):
-        client_over(local, small_examples).fit(task(), snapshot(local.model), "a")
+        client_over(local, small_examples).fit(task(), Broadcast(snapshot(local.model)), "a")
 
 
 # --- whose data -------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_every_retain_row_is_used(small_local, small_examples):
 
     forget, retain = small_examples[:4], small_examples[4:]
     client = client_over(local, [], forget=forget, retain=retain)
-    client.fit(task(Watch(), "forget", epochs=20), snapshot(local.model), "a")
+    client.fit(task(Watch(), "forget", epochs=20), Broadcast(snapshot(local.model)), "a")
     epochs = [i for batch in seen for i in batch]
     assert set(epochs) == {e.example_id for e in retain}
     assert all(len(set(epochs[k : k + 4])) == 4 for k in range(0, len(epochs), 4))
@@ -247,7 +247,7 @@ def test_the_first_adaptive_step_is_the_published_one(small_local, small_example
     rule = build_aggregator(name, {"server_lr": 0.1, "tau": 1e-3, "beta1": 0.9, "beta2": 0.99})
     schedule = Schedule((task(names=("a", "b")).phase,))
     end = run_rounds(schedule, InProcess(client.fit), rule, ServerState(0, start), RoundsConfig(), RunKeeper())
-    first, second = (client.fit(next(schedule.tasks()), start, c).adapter for c in ("a", "b"))
+    first, second = (client.fit(next(schedule.tasks()), Broadcast(start), c).adapter for c in ("a", "b"))
     for n in start:
         d = (first[n].double() + second[n].double()) / 2 - start[n].double()
         v = 1e-6 - 0.01 * d**2 * torch.sign(1e-6 - d**2) if name == "FedYogi" else 0.99 * 1e-6 + 0.01 * d**2
@@ -279,7 +279,7 @@ def test_the_proximal_term_is_above_zero_after_one_step(from_finetuned, small_lo
             return NLL()(ctx)
 
     local = small_local(max_steps=2)
-    client_over(local, small_examples).fit(task(Watch()), snapshot(local.model), "a")
+    client_over(local, small_examples).fit(task(Watch()), Broadcast(snapshot(local.model)), "a")
     assert seen[0] == 0.0 and seen[1] > 0
     result = run(from_finetuned(tmp_path / "run", aggregator=AggregatorConfig("FedProx", {"proximal_mu": 1.0})))
     assert result.records[0].metrics["client_0"]["proximal"] > 0
@@ -293,7 +293,7 @@ def test_accumulated_micro_batches_are_one_step(small_local, small_examples):
             per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation, max_grad_norm=0, optim="sgd"
         )
         client = client_over(local, [], forget=small_examples[:9], retain=small_examples[9:])
-        ends.append(client.fit(task(NPO(), "forget", epochs=2), snapshot(local.model), "a").adapter)
+        ends.append(client.fit(task(NPO(), "forget", epochs=2), Broadcast(snapshot(local.model)), "a").adapter)
     for other in ends[1:]:
         for name in other:
             torch.testing.assert_close(other[name], ends[0][name], rtol=1e-4, atol=1e-6)
@@ -315,15 +315,18 @@ def test_order_and_dropout_differ_by_client_and_round(small_local, small_example
     client = client_over(local, small_examples, ("a", "b"))
     keys = [(r, c) for r in (0, 1) for c in ("a", "b")]
     for watch.key in keys:
-        client.fit(task(watch, round_=watch.key[0], names=("a", "b")), start, watch.key[1])
+        client.fit(task(watch, round_=watch.key[0], names=("a", "b")), Broadcast(start), watch.key[1])
     assert len({str(orders[k]) for k in keys}) == 4
 
     # A single row has no order, so what differs is the dropout.
     client = client_over(small_local(dropout=0.3, optim="sgd", learning_rate=1.0), small_examples[:1], ("a", "b"))
-    ends = {k: client.fit(task(round_=k[0], rounds=2, names=("a", "b")), start, k[1]).adapter for k in keys}
+    ends = {k: client.fit(task(round_=k[0], rounds=2, names=("a", "b")), Broadcast(start), k[1]).adapter for k in keys}
     for one, two in itertools.combinations(keys, 2):
         assert max(float((ends[one][n] - ends[two][n]).abs().max()) for n in start) > 1e-4
-    assert client.fit(task(round_=1, rounds=2, names=("a", "b")), start, "b").adapter.digest() == ends[1, "b"].digest()
+    assert (
+        client.fit(task(round_=1, rounds=2, names=("a", "b")), Broadcast(start), "b").adapter.digest()
+        == ends[1, "b"].digest()
+    )
 
 
 @pytest.mark.parametrize("per_phase", [True, False])
@@ -334,7 +337,7 @@ def test_the_learning_rate_spans_the_phase_or_each_round_by_choice(small_local, 
     client.lr_per_phase = per_phase
     client.on_step = lambda _task, _client, event: rates.append(event.lr)
     for round_ in range(3):
-        client.fit(task(round_=round_, rounds=3), snapshot(local.model), "a")
+        client.fit(task(round_=round_, rounds=3), Broadcast(snapshot(local.model)), "a")
     assert len(rates) == 15  # each told after its step: the next one's
     if per_phase:
         assert rates == sorted(rates, reverse=True) and rates[-1] == 0.0 and rates[4] > 0.5 * rates[0]
@@ -365,7 +368,7 @@ def test_tied_embeddings_move_once(small_local, small_examples):
     schedule = Schedule((task().phase,))
     client = client_over(local, small_examples)
     end = run_rounds(schedule, InProcess(client.fit), rule, ServerState(0, start), RoundsConfig(), RunKeeper())
-    theirs = client.fit(next(schedule.tasks()), start, "a").adapter["model.embed_tokens.weight"]
+    theirs = client.fit(next(schedule.tasks()), Broadcast(start), "a").adapter["model.embed_tokens.weight"]
     ours = start["model.embed_tokens.weight"]
     torch.testing.assert_close(end.adapter["model.embed_tokens.weight"], (ours + theirs) / 2)
     restore(local.model, end.adapter)
@@ -440,7 +443,7 @@ def test_one_reference_for_all_targets(small_local, small_examples):
     client = client_over(local, [], ("a", "b"), **data)
     references = []
     for name in ("a", "b"):
-        client.fit(task(NPO(), "forget", names=("a", "b")), snapshot(local.model), name)
+        client.fit(task(NPO(), "forget", names=("a", "b")), Broadcast(snapshot(local.model)), name)
         references.append(client._reference)
     assert references[0] is references[1] is not None
 
@@ -498,7 +501,7 @@ def test_warm_up_counts_the_clients_own_steps(small_local, small_examples, clien
     client.on_step = lambda _task, name, event: rates.append(event.lr) if name == "a" else None
     for round_ in range(2):
         for name in names:
-            client.fit(task(round_=round_, rounds=2, names=names), snapshot(local.model), name)
+            client.fit(task(round_=round_, rounds=2, names=names), Broadcast(snapshot(local.model)), name)
     peak = rates.index(max(rates)) + 1  # each told after its step
     assert peak == steps and max(rates) == pytest.approx(1e-2) and rates[-1] == 0.0
 

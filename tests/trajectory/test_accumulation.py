@@ -7,7 +7,7 @@ import torch
 
 from unfed.app.runs import run
 from unfed.base.artifacts import read_tensors
-from unfed.base.types import AdapterState
+from unfed.base.types import AdapterState, Broadcast
 from unfed.federated.client import Client, ClientData
 from unfed.federated.schedule import FitTask, Phase, Work
 from unfed.models.adapter import restore, snapshot
@@ -57,7 +57,7 @@ def test_the_trajectory_of_a_client(small_local, small_examples, name):
         restore(local.model, start)
         client = Client(local, {"c": ClientData("c", data)}, reference)
         phase = Phase("p", 1, {"c": Work(driver, objective, 2.0)})
-        update = client.fit(FitTask(phase, 0, 0), start, "c")
+        update = client.fit(FitTask(phase, 0, 0), Broadcast(start), "c")
         ends.append((update.adapter, start, update.metrics))
     first = ends[0]
     for adapter, _, metrics in ends[1:]:

@@ -191,9 +191,9 @@ def distilled(small_run, well_trained, tmp_path_factory):
     seen = []
 
     class Watched(Client):
-        def fit(self, task, adapter, client_id):
+        def fit(self, task, broadcast, client_id):
             seen.append(self.reference.digest())
-            return super().fit(task, adapter, client_id)
+            return super().fit(task, broadcast, client_id)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unfed.app.runs.Client", Watched)

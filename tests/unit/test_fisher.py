@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unfed.base.errors import UnfedError
-from unfed.base.types import AdapterState
+from unfed.base.types import AdapterState, Broadcast
 from unfed.federated.client import Client, ClientData
 from unfed.federated.schedule import FitTask, Phase, Work
 from unfed.models.adapter import restore, snapshot, trainable_parameters
@@ -59,7 +59,9 @@ def test_the_fisher_information_is_the_mean_of_squared_gradients(small_local, sm
 def fit(local, examples, objective, start, **data):
     rows = {"forget": examples[:6], "retain": examples[6:], **data}
     client = Client(local, {"c": ClientData("c", rows)}, start)
-    return client, client.fit(FitTask(Phase("p", 1, {"c": Work("forget", objective, 20.0)}), 0, 0), start, "c")
+    return client, client.fit(
+        FitTask(Phase("p", 1, {"c": Work("forget", objective, 20.0)}), 0, 0), Broadcast(start), "c"
+    )
 
 
 def test_the_penalty_is_0_at_the_start_and_holds_the_weights(small_local, small_examples):

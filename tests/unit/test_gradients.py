@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unfed.base.errors import ConfigError, UnfedError
-from unfed.base.types import AdapterState, LossTerms
+from unfed.base.types import AdapterState, Broadcast, LossTerms
 from unfed.federated.client import Client, ClientData
 from unfed.federated.schedule import FitTask, Phase, Work
 from unfed.models.adapter import restore, snapshot
@@ -235,7 +235,7 @@ def fit(local, examples, objective, epochs=2.0, rounds=1):
     restore(local.model, start)
     client = Client(local, {"c": ClientData("c", {"forget": examples[:11], "retain": examples[4:]})}, reference)
     phase = Phase("p", rounds, {"c": Work("forget", objective, epochs)})
-    return client.fit(FitTask(phase, 0, 0), start, "c"), start
+    return client.fit(FitTask(phase, 0, 0), Broadcast(start), "c"), start
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}

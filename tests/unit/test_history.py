@@ -30,10 +30,10 @@ def state(*values: float) -> AdapterState:
 class Walkers:
     """Clients that each move the adapter in a direction of their own, further in every round."""
 
-    def fit(self, task, adapter, client_ids):
+    def fit(self, task, broadcast, client_ids):
         for client in client_ids:
             step = torch.tensor([[float(CLIENTS[client]), float(task.round + 1)]])
-            yield ClientUpdate(client, AdapterState({NAME: adapter[NAME] + step}), CLIENTS[client])
+            yield ClientUpdate(client, AdapterState({NAME: broadcast.adapter[NAME] + step}), CLIENTS[client])
 
 
 def walk(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from unfed.aggregation.tree import delta, inner, norm
 from unfed.base.errors import ConfigError
-from unfed.base.types import AdapterState, ClientUpdate, ServerState
+from unfed.base.types import AdapterState, Broadcast, ClientUpdate, ServerState
 from unfed.federated.client import Client, ClientData
 from unfed.federated.schedule import FitTask, Phase, Work
 from unfed.models.adapter import restore, snapshot, trainable_parameters
@@ -143,7 +143,7 @@ def test_an_update_is_minus_the_gradient_over_all_rows(small_local, small_exampl
     begin = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in snapshot(local.model).items()}
     work = FedOSD().plan(ingredients()).schedule.phases[0].work["b"]
     client = Client(local, {"b": ClientData("b", {"train": rows})})
-    update = client.fit(FitTask(Phase("unlearn", 1, {"b": work}), 0, 0), AdapterState(begin), "b")
+    update = client.fit(FitTask(Phase("unlearn", 1, {"b": work}), 0, 0), Broadcast(AdapterState(begin)), "b")
     assert update.metrics["steps"] == 1 and update.num_examples == 10
     restore(local.model, begin)
     logps, _ = token_logps(local.model, local.collation.batch(rows))

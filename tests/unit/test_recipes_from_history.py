@@ -39,10 +39,10 @@ def state(*values: float) -> AdapterState:
 class Walkers:
     """Client ``k`` moves the adapter by (examples of ``k``, round counted from 1)."""
 
-    def fit(self, task, adapter, client_ids):
+    def fit(self, task, broadcast, client_ids):
         for client in client_ids:
             step = torch.tensor([[float(CLIENTS[client]), float(task.round + 1)]])
-            yield ClientUpdate(client, AdapterState({NAME: adapter[NAME] + step}), CLIENTS[client])
+            yield ClientUpdate(client, AdapterState({NAME: broadcast.adapter[NAME] + step}), CLIENTS[client])
 
 
 def walked(directory: Path, *, rounds: int = 3, every: int = 1, weighting="examples", clients=CLIENTS, **how) -> Source:

@@ -7,7 +7,7 @@ import torch
 
 from unfed.app.runs import run
 from unfed.base.errors import ConfigError, UnfedError
-from unfed.base.types import AdapterState
+from unfed.base.types import AdapterState, Broadcast
 from unfed.config.schema import MethodConfig
 from unfed.federated.client import Client, ClientData
 from unfed.federated.schedule import FitTask, Phase, Work
@@ -129,7 +129,7 @@ def fit(local, examples, objective, start):
     data = {"forget": examples[:6], "retain": examples[6:], "train": examples[6:]}
     client = Client(local, {"c": ClientData("c", data)}, start)
     phase = Phase("p", 1, {"c": Work("forget", objective, 2.0)})
-    return client.fit(FitTask(phase, 0, 0), start, "c").adapter
+    return client.fit(FitTask(phase, 0, 0), Broadcast(start), "c").adapter
 
 
 def test_only_the_named_factors_below_the_module_move_and_later_training_moves_all(small_local, small_examples):
@@ -152,7 +152,7 @@ def test_hidden_states_come_near_the_vector_with_checkpointing_and_bfloat16(smal
         client = Client(
             local, {"c": ClientData("c", {"forget": small_examples[:6], "retain": small_examples[6:]})}, start
         )
-        client.fit(FitTask(Phase("p", 1, {"c": Work("forget", objective, 20.0)}), 0, 0), start, "c")
+        client.fit(FitTask(Phase("p", 1, {"c": Work("forget", objective, 20.0)}), 0, 0), Broadcast(start), "c")
         curve = client.curves["p"][0]
         assert curve[-1] < 0.9 * curve[0]
 

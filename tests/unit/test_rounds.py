@@ -9,7 +9,7 @@ import torch
 
 from unfed.aggregation.registry import build_aggregator
 from unfed.base.errors import AdapterError, UnfedError
-from unfed.base.types import AdapterState, ClientFailure, ClientUpdate, ServerState
+from unfed.base.types import AdapterState, Broadcast, ClientFailure, ClientUpdate, ServerState
 from unfed.federated.checkpoint import Checkpoints
 from unfed.federated.rounds import RoundListener, RoundsConfig, RunKeeper, run_rounds
 from unfed.federated.schedule import Participation, Phase, Schedule, Work
@@ -37,7 +37,7 @@ class Scripted:
     def fit(self, task, given, client_ids):
         self.asked.append((task.round, tuple(client_ids)))
         for client in client_ids:
-            yield self.answer(task.round, client, given)
+            yield self.answer(task.round, client, given.start(client))
 
 
 def shift(by: float = 1.0, examples: int = 10):
@@ -201,15 +201,15 @@ def test_updates_are_taken_in_one_at_a_time():
         def __init__(self) -> None:
             self.inner = build_aggregator("FedAvg", {})
             self.client_proximal_mu, self.name = 0.0, "Watched"
-            self.init, self.step = self.inner.init, self.inner.step
+            self.broadcast, self.advance = self.inner.broadcast, self.inner.advance
 
-        def combine(self, updates, num_clients):
+        def combine(self, updates, num_clients, state):
             def watched():
                 for n, update in enumerate(updates, 1):
                     assert len(log) == n
                     yield update
 
-            return self.inner.combine(watched(), num_clients)
+            return self.inner.combine(watched(), num_clients, state)
 
     run_rounds(schedule(1), Scripted(answer), Watched(), ServerState(0, adapter(0.0)), RoundsConfig(), RunKeeper())
     assert len(log) == 3
@@ -222,7 +222,7 @@ def in_process(error: Exception):
     def fit(task, given, client):
         if client == "client_1":
             raise error
-        return shift()(task.round, client, given)
+        return shift()(task.round, client, given.start(client))
 
     return InProcess(fit)
 
@@ -242,4 +242,4 @@ def test_an_exception_of_a_client_is_a_failure_of_that_client(caplog):
 )
 def test_what_the_user_must_mend_ends_the_run(error):
     with pytest.raises(type(error)):
-        list(in_process(error).fit(next(schedule().tasks()), adapter(0.0), ["client_0", "client_1"]))
+        list(in_process(error).fit(next(schedule().tasks()), Broadcast(adapter(0.0)), ["client_0", "client_1"]))

@@ -169,7 +169,7 @@ def test_reference_logps_have_the_precision_of_the_policys(small_local, small_ex
     local = small_local(bf16=True, max_steps=1, per_device_train_batch_size=8)
     start = noise(snapshot(local.model), 1)
     client = Client(local, {"c": ClientData("c", {"forget": small_examples[:8], "retain": small_examples[8:]})}, start)
-    client.fit(FitTask(Phase("p", 1, {"c": Work("forget", Watch(), 1.0)}), 0, 0), start, "c")
+    client.fit(FitTask(Phase("p", 1, {"c": Work("forget", Watch(), 1.0)}), 0, 0), Broadcast(start), "c")
     restore(local.model, start)
     local.model.eval()
     batch = local.collation.batch(small_examples[:8])

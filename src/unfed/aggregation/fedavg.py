@@ -21,8 +21,8 @@ class FedAvg(WeightedMean):
 
     @property
     def mean_step(self) -> float | None:
-        """``server_lr``."""
-        return self.server_lr
+        """``server_lr``, where nothing but the mean of the factors comes to it."""
+        return self.server_lr if self.adapters.linear and not self.filters and self.noise is None else None
 
     def init(self, adapter: AdapterState) -> OptState:
         """No state."""

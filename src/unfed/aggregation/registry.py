@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from unfed.aggregation.base import Aggregator
+from unfed.aggregation.adapters.base import Scaling
+from unfed.aggregation.adapters.fedit import FedIT
+from unfed.aggregation.adapters.registry import ADAPTER_RULES, adapter_rule_problems, build_adapter_rule
+from unfed.aggregation.base import WeightedMean
 from unfed.aggregation.fedavg import FedAvg, FedAvgM, FedProx
 from unfed.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
 from unfed.base import params as hyper
@@ -19,20 +22,51 @@ AGGREGATORS: Mapping[str, AggregatorClass] = MappingProxyType(
 )
 
 
+ADAPTER, ADAPTER_ARGS = "adapter", "adapter_args"
+"""Keys beside an aggregator's own hyperparameters: the adapter rule and its hyperparameters."""
+
+
 def aggregator_problems(name: str, params: Mapping[str, Any]) -> list[str]:
-    """Everything wrong with a rule's name and hyperparameters (empty: it can be built)."""
+    """Everything wrong with a rule's name, adapter rule and hyperparameters (empty: it can be built)."""
     if name not in AGGREGATORS:
         return [f"unknown aggregation strategy {name!r}{nearest(name, AGGREGATORS)}"]
-    return hyper.problems(AGGREGATORS[name], params, "aggregator")
+    own = {k: v for k, v in params.items() if k not in (ADAPTER, ADAPTER_ARGS)}
+    found = hyper.problems(AGGREGATORS[name], own, "aggregator")
+    adapter, adapter_args = params.get(ADAPTER, FedIT.title), params.get(ADAPTER_ARGS) or {}
+    return found + (adapter_rule_problems(adapter, adapter_args) or _undefined(name, own, adapter))
+
+
+def _undefined(name: str, own: Mapping[str, Any], adapter: str) -> list[str]:
+    """Why a server optimizer makes no sense on an adapter rule's result."""
+    rule, plain = ADAPTER_RULES[adapter], own.get("server_lr", 1.0) == 1.0
+    key = f"aggregator={name} with aggregator.adapter={adapter}"
+    if rule.steps == "factors" or (name in ("FedAvg", "FedProx") and plain):
+        return []
+    if rule.steps == "mean":
+        what = "is not defined: what corrects the averaged factors is right for the average itself, not for a step"
+        return [f"{key}: {what} of another rule; use aggregator=FedAvg or FedProx with server_lr 1, or adapter=fedit"]
+    if name in ("FedAvg", "FedProx", "FedAvgM"):
+        return []
+    what = "is not defined: the rule moves effective weights, whose entries are never formed, and this one scales entry"
+    return [f"{key}: {what} by entry; use aggregator=FedAvg, FedProx or FedAvgM, or adapter=fedit, ffa or rolora"]
 
 
 def build_aggregator(
-    name: str, params: Mapping[str, Any], *, lora_scaling: Mapping[str, float] | float = 1.0, probe_seed: int = 0
-) -> Aggregator:
+    name: str,
+    params: Mapping[str, Any],
+    *,
+    lora_scaling: Scaling = 1.0,
+    probe_seed: int = 0,
+    ranks: Mapping[str, int] | None = None,
+) -> WeightedMean:
     """The rule ``name`` with ``params`` over its defaults; ``ConfigError`` lists every problem.
 
-    ``lora_scaling`` (by module, or one number) and ``probe_seed`` serve the aggregation error alone.
+    ``lora_scaling``: alpha/r by module, or one number; ``probe_seed``: of the aggregation error's estimate; ``ranks``:
+    clients that train another rank than the adapter's.
     """
     if found := aggregator_problems(name, params):
         raise ConfigError(found)
-    return AGGREGATORS[name](**params, lora_scaling=lora_scaling, probe_seed=probe_seed)
+    given = {"scaling": lora_scaling, "probe_seed": probe_seed, "ranks": ranks or {}}
+    rule = build_adapter_rule(params.get(ADAPTER, FedIT.title), params.get(ADAPTER_ARGS) or {}, **given)
+    own = {k: v for k, v in params.items() if k not in (ADAPTER, ADAPTER_ARGS)}
+    return AGGREGATORS[name](**own, adapters=rule)

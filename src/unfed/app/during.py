@@ -23,6 +23,7 @@ from unfed.metrics.probability import avg_loss, prob
 from unfed.models.adapter import restore
 from unfed.models.generate import inference
 from unfed.models.load import LoadedModel
+from unfed.models.residual import put_residual
 from unfed.report.labels import label, number
 
 
@@ -76,6 +77,7 @@ class RoundEvaluation(RoundListener):
     def _evaluate(self, state: ServerState, phase: str) -> None:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         restore(model, state.adapter)
+        put_residual(model, state.base_residual)
         result = evaluate(model, tokenizer, self.config.model.template_args, self._suite, self._rows)
         wanted = self._given.metrics
         scores = {n: v for n, v in result.summary().items() if n in wanted}

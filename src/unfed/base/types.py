@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -56,6 +57,14 @@ class AdapterState(Mapping[str, Tensor]):
     def nbytes(self) -> int:
         """Size in bytes in its own dtypes: what travels, uncompressed."""
         return sum(t.numel() * t.element_size() for t in self.values())
+
+    def without(self, names: AbstractSet[str]) -> AdapterState:
+        """The same tensors less those of ``names``; no copy."""
+        return AdapterState({n: t for n, t in self.items() if n not in names}) if names else self
+
+    def filled(self, others: AdapterState) -> AdapterState:
+        """With the tensors of ``others`` whose names are missing here; no copy."""
+        return self if len(self) == len(others) else AdapterState({**others, **self})
 
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes, as ``sha256:<hex>``; computed once."""
@@ -150,13 +159,49 @@ class LossTerms:
 
 
 @dataclass(frozen=True)
+class Broadcast:
+    """What the server sends to the clients of one round.
+
+    ``adapter`` is what a client starts from, unless ``own`` holds another for it (one of its own rank). ``residual``
+    are LoRA factors of scaling 1 that act beneath the adapter and do not train. ``frozen`` names tensors that are held
+    fixed this round and do not travel back; ``local`` names tensors that train and stay at their client from round to
+    round, never travelling (where ``adapter`` has them, it says their shape, and what a client begins with).
+    """
+
+    adapter: AdapterState
+    residual: AdapterState | None = None
+    frozen: frozenset[str] = frozenset()
+    local: frozenset[str] = frozenset()
+    own: Mapping[str, AdapterState] = field(default_factory=dict)
+
+    def start(self, client_id: str) -> AdapterState:
+        """The adapter that a client begins with."""
+        return self.own.get(client_id, self.adapter)
+
+    def returned(self, client_id: str) -> AdapterState:
+        """The tensors of :meth:`start` that come back: names, shapes and dtypes of a proper update."""
+        stay = self.frozen | self.local
+        start = self.start(client_id)
+        return start.without(stay) if stay else start
+
+    def nbytes(self, client_ids: Iterable[str]) -> int:
+        """Bytes that reach the clients, uncompressed."""
+        fixed = 0 if self.residual is None else self.residual.nbytes
+        return sum(self.start(c).without(self.local).nbytes + fixed for c in client_ids)
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
-    """What a client returns for one round: its adapter (not a difference), and how much it trained on."""
+    """What a client returns for one round: its adapter (not a difference), and how much it trained on.
+
+    ``nbytes``: what travelled, where that is not the tensors as they are (``None``).
+    """
 
     client_id: str
     adapter: AdapterState
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +218,8 @@ class Combined:
 
     ``aggregation_error`` is the relative Frobenius distance between the averaged effective update and the
     product of the averaged factors (``None`` without LoRA factors); ``error_is_estimate`` says that it was
-    sketched rather than computed. ``base_residual`` is for rules that also change the base model.
+    sketched rather than computed. ``base_residual``: what rules that also change the base model put beneath the adapter
+    from now on (``None``: nothing new). ``slots``: what a filter or the noise will want to know next round.
     """
 
     adapter: AdapterState
@@ -182,10 +228,12 @@ class Combined:
     aggregation_error: float | None = None
     error_is_estimate: bool = False
     base_residual: AdapterState | None = None
+    slots: Mapping[str, AdapterState] = field(default_factory=dict)
 
 
 OptState = Mapping[str, AdapterState]
-"""A server optimizer's state: its slots (``m``, ``v``) by name; empty for plain averaging."""
+"""A server's memory by name: the optimizer's slots (``m``, ``v``), and those of filters, whose names have a dot
+(``clip.bound``); empty for plain averaging."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +244,13 @@ class ServerState:
     adapter: AdapterState
     opt_state: OptState = field(default_factory=dict)
     base_residual: AdapterState | None = None
+
+    def digest(self) -> str:
+        """Of what the clients get: the adapter's, with the residual's beneath it where there is one."""
+        if self.base_residual is None:
+            return self.adapter.digest()
+        both = f"{self.adapter.digest()}+{self.base_residual.digest()}"
+        return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
 
 
 Example = Mapping[str, Any]

@@ -24,6 +24,7 @@ from unfed.base.types import ServerState
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"round_(\d{5})")
 _MISSING = object()
+RESIDUAL_FILE = "residual.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Checkpoints:
         """Write ``state`` (after ``state.round`` rounds) and all records so far."""
         with atomic_dir(self._root / f"round_{state.round:05d}") as part:
             write_tensors(part / "adapter.safetensors", state.adapter)
+            if state.base_residual is not None:
+                write_tensors(part / RESIDUAL_FILE, state.base_residual)
             for slot, values in state.opt_state.items():
                 write_tensors(part / f"opt_{slot}.safetensors", values)
             files = {f.name: digest_file(f) for f in sorted(part.glob("*.safetensors"))}
@@ -142,7 +145,8 @@ class Checkpoints:
             records = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in raw]
         except (KeyError, TypeError) as e:
             raise ArtifactError(f"{directory / 'state.json'}: a round's record cannot be read ({e})") from e
-        return ServerState(number, read_tensors(directory / "adapter.safetensors"), slots), records
+        residual = read_tensors(directory / RESIDUAL_FILE) if RESIDUAL_FILE in files else None
+        return ServerState(number, read_tensors(directory / "adapter.safetensors"), slots, residual), records
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

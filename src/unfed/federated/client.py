@@ -8,18 +8,24 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from unfed.aggregation.adapters.ranks import padded
 from unfed.base.errors import UnfedError
 from unfed.base.seeding import torch_generator
-from unfed.base.types import AdapterState, ClientUpdate, Split
+from unfed.base.types import AdapterState, Broadcast, ClientUpdate, Split
 from unfed.data.chat import EncodedExample
 from unfed.federated.schedule import FitTask, Work
-from unfed.models.adapter import restore, snapshot
+from unfed.federated.store import ClientStore
+from unfed.models.adapter import held, restore, snapshot
+from unfed.models.residual import put_residual
 from unfed.objectives.base import Objective
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Anchor, Companions, Reference
 from unfed.training.extent import Share
 from unfed.training.fisher import Fisher
-from unfed.training.loop import Local, LocalTask, StepEvent
+from unfed.training.loop import Local, LocalTask, StepEvent, TrainResult
+
+OWN = "own"
+"""Kind of what a client keeps for itself: tensors of its adapter that never travel."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Client:
     ``reference`` is the adapter that the run opened: the frozen policy of NPO and of the KL retain loss, and a recipe's
     teacher, held once for all clients (``None``: the first adapter that a task needs one for).
     ``lr_per_phase``: the learning-rate schedule spans a phase's rounds; else it starts anew in each. ``curves`` keeps
-    the loss of every step by phase, one tuple for each fit.
+    the loss of every step by phase, one tuple for each fit. ``store``: what clients keep for themselves between rounds.
     """
 
     local: Local
@@ -46,14 +52,37 @@ class Client:
     lr_per_phase: bool = True
     on_step: Callable[[FitTask, str, StepEvent], None] | None = None
     curves: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+    store: ClientStore = field(default_factory=ClientStore)
     _reference: Reference | None = None
     _fisher: tuple[str, Fisher] | None = None
     _locals: dict[str, Local] = field(default_factory=dict)
 
-    def fit(self, task: FitTask, adapter: AdapterState, client_id: str) -> ClientUpdate:
-        """Train ``client_id`` from ``adapter``; the update is a copy."""
+    def fit(self, task: FitTask, broadcast: Broadcast, client_id: str) -> ClientUpdate:
+        """Train ``client_id`` from what was sent; the update is a copy of what travels back."""
+        begin = self._begin(task, broadcast, client_id)
+        restore(self.local.model, begin)
+        put_residual(self.local.model, broadcast.residual)
+        with held(self.local.model, broadcast.frozen):
+            result = self._train(task, broadcast, begin, client_id)
+        after = snapshot(self.local.model)
+        if broadcast.local:
+            self.store.put(client_id, OWN, task.round, AdapterState({n: after[n] for n in broadcast.local}))
+        sent = broadcast.returned(client_id)
+        if any(sent[n].shape != after[n].shape for n in sent):
+            after = AdapterState({n: t[tuple(slice(k) for k in sent[n].shape)] for n, t in after.items() if n in sent})
+        elif len(sent) < len(after):
+            after = AdapterState({n: after[n] for n in sent})
+        metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
+        return ClientUpdate(client_id, after, result.num_examples, _finite(metrics))
+
+    def _begin(self, task: FitTask, broadcast: Broadcast, client_id: str) -> AdapterState:
+        """What the client starts from, in the model's shapes."""
+        begin = padded(broadcast.start(client_id), broadcast.adapter)
+        own = self.store.get(client_id, OWN, task.round) if broadcast.local else None
+        return begin if own is None else own.filled(begin)
+
+    def _train(self, task: FitTask, broadcast: Broadcast, begin: AdapterState, client_id: str) -> TrainResult:
         work = task.phase.work[client_id]
-        restore(self.local.model, adapter)
         rows = TrainRows(self.data[client_id].splits)
         needs = work.objective.needs
         rows.require(work.rows, needs.splits, client_id)
@@ -68,7 +97,7 @@ class Client:
             workers=local.args.dataloader_num_workers,
         )
         on_step, whole = self.on_step, Share(task.phase_round, task.phase.rounds)
-        held = None if work.constraint is None else work.constraint.bind(self.local.model)
+        constraint = None if work.constraint is None else work.constraint.bind(self.local.model)
         local_task = LocalTask(
             plan,
             work.objective,
@@ -76,12 +105,11 @@ class Client:
             whole if self.lr_per_phase else Share(),
             None if on_step is None else lambda event: on_step(task, client_id, event),
             whole if work.spread else Share(),
-            held,
+            constraint,
         )
-        result = local.train(local_task, self._beside(work.objective, plan, adapter))
+        result = local.train(local_task, self._beside(work.objective, plan, begin, broadcast.residual))
         self.curves.setdefault(task.phase.name, []).append(result.curve)
-        metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
-        return ClientUpdate(client_id, snapshot(self.local.model), result.num_examples, _finite(metrics))
+        return result
 
     def _local(self, work: Work) -> Local:
         """The loop with the work's own settings."""
@@ -93,13 +121,16 @@ class Client:
             self._locals[key] = Local(self.local.model, args, self.local.collation, self.local.seed)
         return self._locals[key]
 
-    def _beside(self, objective: Objective, plan: BatchPlan, adapter: AdapterState) -> Companions:
+    def _beside(
+        self, objective: Objective, plan: BatchPlan, adapter: AdapterState, residual: AdapterState | None
+    ) -> Companions:
         anchor = Anchor(self.local.model, adapter) if objective.needs.anchor else None
         fisher = self._measured(objective.needs.fisher_rows, plan, adapter)
         if not (objective.needs.reference or objective.needs.reference_distribution):
             return Companions(None, anchor, fisher)
         if self._reference is None:
-            self._reference = Reference(self.local.model, self.reference or adapter)
+            first = self.reference is None  # else what the run opened, beneath which nothing lay
+            self._reference = Reference(self.local.model, self.reference or adapter, residual if first else None)
         if objective.needs.reference:
             for split in sorted(objective.needs.splits & {"forget", "alternate"}):
                 self._prepare(self._reference, split, plan)

@@ -10,7 +10,7 @@ from unfed.aggregation.base import Aggregator
 from unfed.aggregation.tree import delta, full_like, moved, zip_map
 from unfed.base.artifacts import digest_file, read_tensors, remove_leftovers, write_json
 from unfed.base.errors import ArtifactError, UnfedError
-from unfed.base.types import AdapterState, ClientFailure, ClientUpdate, ServerState
+from unfed.base.types import AdapterState, ClientUpdate, ServerState
 from unfed.federated.history import (
     HISTORY_DIR,
     HISTORY_KINDS,
@@ -89,19 +89,17 @@ class HistoryWriter:
                 "start afresh with overwrite=true"
             )
 
-    def of_round(
-        self, task: FitTask, state: ServerState, answers: Iterable[ClientUpdate | ClientFailure]
-    ) -> Iterator[ClientUpdate | ClientFailure]:
-        """Pass the answers on; updates are set aside until the round has ended."""
+    def of_round(self, task: FitTask, state: ServerState, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
+        """Pass the updates on; they are set aside until the round has ended."""
         self._task, self._before, self._examples = task, state, {}
         wanted = self._settings.due(task.round) or "sums" in self._settings.keep
         shutil.rmtree(self._pending, ignore_errors=True)
-        for answer in answers:
-            if wanted and isinstance(answer, ClientUpdate) and not answer.adapter.problems_against(state.adapter):
-                self._examples[answer.client_id] = answer.num_examples
+        for update in updates:
+            if wanted:
+                self._examples[update.client_id] = update.num_examples
                 private_dir(self._pending)
-                write_private(self._pending_file(answer.client_id), delta(answer.adapter, state.adapter))
-            yield answer
+                write_private(self._pending_file(update.client_id), delta(update.adapter, state.adapter))
+            yield update
 
     def end_round(self, state: ServerState, client_ids: Sequence[str]) -> None:
         """After the server's step; ``client_ids`` are those whose updates counted."""

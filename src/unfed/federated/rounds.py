@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unfed.aggregation.base import Aggregator
-from unfed.base.types import AdapterState, ClientFailure, ClientUpdate, Combined, ServerState
+from unfed.base.types import Broadcast, ClientFailure, ClientUpdate, Combined, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.history_writer import HistoryWriter
 from unfed.federated.schedule import FitTask, Participation, Schedule
@@ -34,9 +34,9 @@ class RoundListener:
 
 @dataclass
 class _Screening:
-    """Lets usable updates through, and remembers what was dropped and what was sent."""
+    """Lets usable updates through, with what did not travel filled in; remembers what was dropped, what was sent."""
 
-    like: AdapterState
+    sent: Broadcast
     failures: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     bytes_up: int = 0
@@ -46,8 +46,8 @@ class _Screening:
             if isinstance(answer, ClientFailure):
                 self.failures[answer.client_id] = answer.reason
                 continue
-            self.bytes_up += answer.adapter.nbytes
-            problems = answer.adapter.problems_against(self.like)
+            self.bytes_up += answer.adapter.nbytes if answer.nbytes is None else answer.nbytes
+            problems = answer.adapter.problems_against(self.sent.returned(answer.client_id))
             if answer.num_examples < 1:
                 problems.append(f"num_examples is {answer.num_examples}")
             if problems:
@@ -55,7 +55,8 @@ class _Screening:
                 self.failures[answer.client_id] = f"update dropped: {problems[0]}{more}"
                 continue
             self.metrics[answer.client_id] = dict(answer.metrics)
-            yield answer
+            whole = answer.adapter.filled(self.sent.start(answer.client_id))
+            yield answer if whole is answer.adapter else replace(answer, adapter=whole)
 
 
 class _NoUpdatesError(Exception):
@@ -89,17 +90,20 @@ def run_rounds(
         phase = task.phase
         clients = config.participation.select(list(phase.work), config.seed, task.round, phase.always)
         keep.listener.round_started(task, clients)
-        screening = _Screening(state.adapter)
-        answers = transport.fit(task, state.adapter, clients)
-        updates = screening.usable(answers if keep.history is None else keep.history.of_round(task, state, answers))
+        # A recipe's own rule works on whole factors.
+        own_rule = not isinstance(phase.rule, str)
+        broadcast = Broadcast(state.adapter) if own_rule else aggregator.broadcast(state, clients)
+        screening = _Screening(broadcast)
+        updates = screening.usable(transport.fit(task, broadcast, clients))
+        if keep.history is not None:
+            updates = keep.history.of_round(task, state, updates)
         done = _finish(task, aggregator, state, updates, len(clients))
         combined = done[0] if done else None
         reasons = [f"{c}: {r}" for c, r in screening.failures.items()]
         config.participation.check(len(combined.client_ids) if combined else 0, len(clients), reasons)
         assert done is not None
         assert combined is not None
-        before, sent = state.adapter.digest(), state.adapter.nbytes * len(clients)
-        state = done[1]
+        before, state = state.digest(), done[1]
         record = RoundRecord(
             round=task.round,
             phase=task.phase.name,
@@ -107,8 +111,8 @@ def run_rounds(
             failures=screening.failures,
             num_examples=combined.num_examples,
             adapter_before=before,
-            adapter_after=state.adapter.digest(),
-            bytes_down=sent,
+            adapter_after=state.digest(),
+            bytes_down=broadcast.nbytes(clients),
             bytes_up=screening.bytes_up,
             seconds=time.perf_counter() - began,
             aggregation_error=combined.aggregation_error,
@@ -131,15 +135,11 @@ def _finish(
     try:
         if not isinstance(rule, str):
             combined, adapter = rule.advance(task, state, _first_or_raise(updates))
-            return combined, ServerState(state.round + 1, adapter, state.opt_state)
-        combined = aggregator.combine(_first_or_raise(updates), num_clients)
+            return combined, replace(state, round=state.round + 1, adapter=adapter)
+        combined = aggregator.combine(_first_or_raise(updates), num_clients, state)
     except _NoUpdatesError:
         return None
-    if rule == "adopt":
-        return combined, ServerState(state.round + 1, combined.adapter, state.opt_state)
-    opt_state = state.opt_state or aggregator.init(state.adapter)
-    opt_state, adapter = aggregator.step(opt_state, state.adapter, combined)
-    return combined, ServerState(state.round + 1, adapter, opt_state)
+    return combined, aggregator.advance(state, combined, adopt=rule == "adopt")
 
 
 @dataclass

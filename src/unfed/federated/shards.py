@@ -165,7 +165,7 @@ def run_shards(
             continue
         own = ServerState(0, work.start)
         if state.round > offset:
-            own = ServerState(state.round - offset, state.adapter, state.opt_state)
+            own = replace(state, round=state.round - offset)
         seeds = RoundsConfig(derive_seed(config.seed, "shard", shard.index), config.participation)
         listener = Shifted(keep.listener, offset)
         shifted = ShiftedKeeper(keep.records, listener, keep.checkpoints, keep.on_save, by=offset)

@@ -9,20 +9,20 @@ from typing import Protocol
 import torch
 
 from unfed.base.errors import UnfedError
-from unfed.base.types import AdapterState, ClientFailure, ClientUpdate
+from unfed.base.types import Broadcast, ClientFailure, ClientUpdate
 from unfed.federated.schedule import FitTask
 
 log = logging.getLogger(__name__)
 
-Fit = Callable[[FitTask, AdapterState, str], ClientUpdate]
-"""Runs one client's task from a given adapter."""
+Fit = Callable[[FitTask, Broadcast, str], ClientUpdate]
+"""Runs one client's task from what the server sent."""
 
 
 class Transport(Protocol):
-    """Brings a task and an adapter to clients and their updates back."""
+    """Brings a task and a broadcast to clients and their updates back."""
 
     def fit(
-        self, task: FitTask, adapter: AdapterState, client_ids: Sequence[str]
+        self, task: FitTask, broadcast: Broadcast, client_ids: Sequence[str]
     ) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield one answer for each client, in the order of ``client_ids``."""
         ...
@@ -35,12 +35,12 @@ class InProcess:
         self._fit = fit
 
     def fit(
-        self, task: FitTask, adapter: AdapterState, client_ids: Sequence[str]
+        self, task: FitTask, broadcast: Broadcast, client_ids: Sequence[str]
     ) -> Iterator[ClientUpdate | ClientFailure]:
         """A client's exception becomes a :class:`ClientFailure`; memory, user and system errors end the run."""
         for client_id in client_ids:
             try:
-                yield self._fit(task, adapter, client_id)
+                yield self._fit(task, broadcast, client_id)
             except (UnfedError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as e:

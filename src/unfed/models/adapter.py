@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from unfed.base.artifacts import atomic_dir, atomic_path
 from unfed.base.errors import AdapterError, ArtifactError
 from unfed.base.types import AdapterState
+from unfed.models.residual import with_residual
 from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ADAPTER_NAME = "default"
@@ -78,14 +80,28 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         tensor.copy_(state[name])
 
 
+@contextlib.contextmanager
+def held(model: nn.Module, names: AbstractSet[str]) -> Iterator[None]:
+    """Inside, the trainable tensors of ``names`` require no gradient; afterwards all is as before."""
+    storages = {t.data_ptr() for n, t in live_tensors(model).items() if n in names} if names else set()
+    fixed = [p for p in model.parameters() if p.requires_grad and p.data_ptr() in storages]
+    for parameter in fixed:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in fixed:
+            parameter.requires_grad = True
+
+
 class WeightSwap:
     """Another set of trainable weights for the same model, exchanged for the present ones in place.
 
     Holds one copy of the trainable tensors on the model's device (an adapter; all parameters without LoRA), so a
-    reference policy costs an adapter and never a second model.
+    reference policy costs an adapter and never a second model. ``residual``: what acts beneath those weights.
     """
 
-    def __init__(self, model: nn.Module, state: AdapterState) -> None:
+    def __init__(self, model: nn.Module, state: AdapterState, residual: AdapterState | None = None) -> None:
         by_storage = {p.data_ptr(): p for p in model.parameters()}
         self._pairs: list[tuple[Tensor, Tensor]] = []
         for name, tensor in live_tensors(model).items():
@@ -93,7 +109,7 @@ class WeightSwap:
             if parameter is not None:
                 other = state[name].to(device=parameter.device, dtype=parameter.dtype, copy=True)
                 self._pairs.append((parameter, other))
-        self._model = model
+        self._model, self._residual = model, residual
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -106,7 +122,8 @@ class WeightSwap:
         self._put([other for _, other in self._pairs])
         self._model.eval()
         try:
-            yield
+            with with_residual(self._model, self._residual):
+                yield
         finally:
             self._put(mine)
             self._model.train(was_training)
@@ -126,7 +143,7 @@ def base_alone(model: PeftModel) -> Iterator[None]:
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with model.disable_adapter():
+        with model.disable_adapter(), with_residual(model, None):
             yield
     finally:
         for parameter, flag in flags:

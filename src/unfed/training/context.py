@@ -33,9 +33,9 @@ class Reference:
     round costs nothing. The weights are those of an earlier adapter on the same base (:class:`WeightSwap`).
     """
 
-    def __init__(self, model: nn.Module, state: AdapterState) -> None:
+    def __init__(self, model: nn.Module, state: AdapterState, residual: AdapterState | None = None) -> None:
         self._model = model
-        self._swap = WeightSwap(model, state)
+        self._swap = WeightSwap(model, state, residual)
         self._logps: dict[tuple[Split, str], Tensor] = {}
 
     @torch.no_grad()

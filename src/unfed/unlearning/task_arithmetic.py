@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from unfed.aggregation.adapters.fedit import FedIT
 from unfed.aggregation.fedavg import FedAvg
 from unfed.base.params import number
 from unfed.base.types import AdapterState, ClientUpdate, Combined, ServerState
@@ -34,7 +35,7 @@ class Negate:
     ) -> tuple[Combined, AdapterState]:
         """See :class:`unfed.federated.schedule.PhaseRule`."""
         del state
-        combined = FedAvg(lora_scaling=self.scaling or 1.0).combine(updates, len(task.phase.work))
+        combined = FedAvg(adapters=FedIT(scaling=self.scaling or 1.0)).combine(updates, len(task.phase.work))
         return combined, multiplied(combined.adapter, -self.scale)
 
 

@@ -1,0 +1,1 @@
+"""How the clients' LoRA factors become one adapter: one rule a file."""

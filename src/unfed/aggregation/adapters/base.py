@@ -1,0 +1,75 @@
+"""What an adapter rule is: which factors train and travel in a round, and how those that come back become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+from unfed.base.params import Hyperparameters
+from unfed.base.types import AdapterState, Broadcast, ServerState
+
+Scaling = Mapping[str, float] | float
+"""alpha/r (or alpha/sqrt(r)) by module name, or one number for all modules."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The adapter that a round's updates make, its aggregation error (see
+    :class:`unfed.aggregation.lora.AggregationError`), and the residual beneath it, where the rule has one."""
+
+    adapter: AdapterState
+    error: float | None = None
+    error_is_estimate: bool = False
+    residual: AdapterState | None = None
+
+
+class Collector(Protocol):
+    """Takes in a round's updates one by one."""
+
+    def add(self, adapter: AdapterState, weight: float) -> None:
+        """One client's adapter with its weight (not yet divided by the sum). ``AdapterError``: it does not fit."""
+        ...
+
+    def result(self) -> Merged:
+        """What they make, once only. ``AdapterError`` when nothing was added."""
+        ...
+
+
+Steps = Literal["factors", "weights", "mean"]
+
+
+@dataclass(frozen=True)
+class AdapterRule(Hyperparameters):
+    """A rule by name (``aggregator.adapter=``): a frozen dataclass of its hyperparameters, without state of its own.
+
+    ``scaling``: alpha/r of each module. ``probe_seed``: of the error's estimate. ``ranks``: clients that train another
+    rank than the adapter's (the least of the two). None of the three is the user's to set here.
+    ``steps`` says what a server optimizer may do with the result: ``factors``: it moves the factors towards the merged
+    ones, entry by entry; ``weights``: the rule itself takes a multiple of the mean update of the effective weights, or
+    momentum on it; ``mean``: the merged adapter is taken as it is, and only plain averaging is defined.
+    ``linear``: the merged tensors are the weighted means of the clients'.
+    """
+
+    title: ClassVar[str]
+    exact: ClassVar[bool] = False
+    unequal_ranks: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    steps: ClassVar[Steps] = "factors"
+    scaling: Scaling = 1.0
+    probe_seed: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As in ``aggregator.adapter=``."""
+        return self.title
+
+    def broadcast(self, state: ServerState, client_ids: Sequence[str]) -> Broadcast:
+        """What the server sends in round ``state.round``."""
+        del client_ids
+        return Broadcast(state.adapter, state.base_residual)
+
+    def collector(self, state: ServerState, num_clients: int) -> Collector:
+        """For the updates of round ``state.round``, of which at most ``num_clients`` are expected."""
+        raise NotImplementedError

@@ -1,0 +1,74 @@
+"""What a client keeps for itself from round to round: a factor of its own, a control variate, an error of the wire.
+
+It is kept by round, so that a run which resumes at an earlier round finds what the client had then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from unfed.base.artifacts import read_tensors
+from unfed.base.types import AdapterState
+from unfed.federated.history import private_dir, write_private
+
+CLIENTS_DIR = "clients"
+_NAME = re.compile(r"round_(\d{5})\.safetensors")
+
+
+class ClientStore:
+    """Adapters of clients by kind and round: in memory, or, with a directory, as files that their owner alone may read.
+
+    ``keep``: entries of a client and kind that stay; a run that resumes goes back by one round less at most.
+    """
+
+    def __init__(self, directory: Path | None = None, keep: int = 3) -> None:
+        self._root = None if directory is None else directory / CLIENTS_DIR
+        self._keep = max(2, keep)
+        self._held: dict[tuple[str, str], dict[int, AdapterState]] = {}
+
+    def get(self, client_id: str, kind: str, round_: int) -> AdapterState | None:
+        """The newest of a client and kind that was put before round ``round_`` began; ``None`` where there is none.
+
+        ``ArtifactError``: the file cannot be read.
+        """
+        entries = self._entries(client_id, kind)
+        known = [n for n in entries if n < round_]
+        return entries[max(known)]() if known else None
+
+    def put(self, client_id: str, kind: str, round_: int, state: AdapterState) -> None:
+        """Keep ``state`` as what the client has after round ``round_`` (from 0); what is of later rounds is dropped."""
+        if self._root is None:
+            held = self._held.setdefault((client_id, kind), {})
+            held[round_] = state
+            for old in [n for n in held if n > round_] + sorted(held)[: -self._keep]:
+                held.pop(old, None)
+            return
+        place = self._place(client_id, kind)
+        private_dir(self._root)
+        private_dir(place.parent)
+        private_dir(place)
+        write_private(place / f"round_{round_:05d}.safetensors", state)
+        there = dict(self._files(place))
+        for old in [n for n in there if n > round_] + sorted(there)[: -self._keep]:
+            there[old].unlink(missing_ok=True)
+
+    def _place(self, client_id: str, kind: str) -> Path:
+        assert self._root is not None
+        return self._root / client_id / kind
+
+    def _files(self, place: Path) -> Iterator[tuple[int, Path]]:
+        for file in sorted(place.glob("round_*.safetensors")) if place.is_dir() else ():
+            if match := _NAME.fullmatch(file.name):
+                yield int(match[1]), file
+
+    def _entries(self, client_id: str, kind: str) -> dict[int, Callable[[], AdapterState]]:
+        if self._root is None:
+            return {n: partial(_same, s) for n, s in self._held.get((client_id, kind), {}).items()}
+        return {n: partial(read_tensors, f) for n, f in self._files(self._place(client_id, kind))}
+
+
+def _same(state: AdapterState) -> AdapterState:
+    return state
