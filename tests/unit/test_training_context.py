@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from unfed.base.errors import UnfedError
-from unfed.base.types import AdapterState
+from unfed.base.types import AdapterState, Broadcast
 from unfed.models.adapter import restore, snapshot, trainable_parameters
 from unfed.training.batches import totals_of
 from unfed.training.context import Anchor, Companions, ModelContext, Reference
