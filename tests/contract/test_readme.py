@@ -402,6 +402,11 @@ def test_the_architecture_names_the_modules_that_there_are():
         if (p / "__init__.py").is_file()
     }
     listed["cli"].discard("unfed")
+    there |= {
+        f"{p.parent.name}.{p.name}": {m.stem for m in p.glob("*.py")} - {"__init__"}
+        for p in source.glob("*/*/")
+        if (p / "__init__.py").is_file()
+    }
     assert listed == there
 
 

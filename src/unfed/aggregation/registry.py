@@ -43,8 +43,8 @@ def _undefined(name: str, own: Mapping[str, Any], adapter: str) -> list[str]:
     if rule.steps == "factors" or (name in ("FedAvg", "FedProx") and plain):
         return []
     if rule.steps == "mean":
-        what = "is not defined: what corrects the averaged factors is right for the average itself, not for a step"
-        return [f"{key}: {what} of another rule; use aggregator=FedAvg or FedProx with server_lr 1, or adapter=fedit"]
+        what = "is not defined: the rule makes up for what the plain average misses, and this one takes another step"
+        return [f"{key}: {what}; use aggregator=FedAvg or FedProx with server_lr 1, or adapter=fedit"]
     if name in ("FedAvg", "FedProx", "FedAvgM"):
         return []
     what = "is not defined: the rule moves effective weights, whose entries are never formed, and this one scales entry"

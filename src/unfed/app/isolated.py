@@ -18,7 +18,7 @@ from unfed.federated.history import private_dir
 from unfed.federated.rounds import run_rounds
 from unfed.federated.shards import Shard, ShardStore, ShardWork, run_shards
 from unfed.models.load import LoadedModel
-from unfed.models.stack import concatenate, stacked_model
+from unfed.models.stack import concatenate, residual_model, stacked_model
 from unfed.training.loop import Local
 from unfed.unlearning.base import Plan, Situation
 
@@ -78,6 +78,15 @@ def joined(
     model = stacked_model(loaded.model, stack, len(shards))
     loop = Local(model, local.args, local.collation, local.seed)
     return replace(loaded, model=model), loop, stack
+
+
+def with_residual(loaded: LoadedModel, local: Local, state: ServerState) -> tuple[LoadedModel, Local, AdapterState]:
+    """Model, loop and adapter with what lies beneath the adapter made a part of it (exact aggregation)."""
+    assert isinstance(loaded.model, PeftModel)
+    assert state.base_residual is not None
+    model, one = residual_model(loaded.model, state.adapter, state.base_residual)
+    say(f"saved as one adapter of {one.nbytes / 1e6:.2f} MB: what exact aggregation keeps beneath it is a part of it")
+    return replace(loaded, model=model), Local(model, local.args, local.collation, local.seed), one
 
 
 def _weights(shards: list[Shard], rule: Aggregator) -> list[float]:

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from unfed.app.progress import say
 from unfed.base.errors import UnfedError
+from unfed.config.schema import RunConfig
 from unfed.federated.checkpoint import RoundRecord
 from unfed.federated.client import Client
 from unfed.federated.schedule import Phase, Schedule
 from unfed.training import advice
+from unfed.training.args import LoopArgs, loop_args
+
+
+def memory_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide how much memory a step takes, for the advice after one did not fit."""
+    args = loop_args(config.trainer.args) if config.trainer else LoopArgs()
+    lora = config.model.model_args.lora_config
+    lengths = [d.max_length for d in (config.data.train, config.data.forget, config.data.retain) if d is not None]
+    return {
+        "batch": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "checkpointing": args.gradient_checkpointing,
+        "max_length": max(lengths, default="?"),
+        "r": lora.r if lora else "-",
+        "modules": len(lora.target_modules) if lora and not isinstance(lora.target_modules, str) else "-",
+        "dtype": config.model.model_args.torch_dtype,
+    }
 
 
 def advise(error: UnfedError, schedule: Schedule, done: int) -> None:

@@ -102,7 +102,10 @@ class Reporter(RoundListener):
     def round_ended(self, record: RoundRecord, state: ServerState) -> None:
         """One line: what the round did and what it cost."""
         loss = "" if record.loss is None else f"loss {record.loss:.4f}{self._by_work(record)}"
-        error = "" if record.aggregation_error is None else f", aggregation error {record.aggregation_error:.2%}"
+        missed = record.aggregation_error
+        # Exact rules end at rounding, which a percentage would show as 0.
+        shown = "" if missed is None else f"{missed:.1e}" if 0 < missed < 1e-5 else f"{missed:.2%}"
+        error = f", aggregation error {shown}" if shown else ""
         left = (time.monotonic() - self._began) / (state.round - self._first) * (self._total - state.round)
         count = f"{len(record.clients)} client{'s' * (len(record.clients) != 1)}"
         eta = f", about {left:.0f} s left" if self._total > state.round else ""

@@ -7,7 +7,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
+from unfed.aggregation.adapters.fedit import FedIT
 from unfed.aggregation.base import Aggregator
+from unfed.aggregation.registry import ADAPTER
 from unfed.app import build
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RunDir
@@ -116,7 +118,15 @@ def _owning(partition: Partition, rows: AbstractSet[str]) -> tuple[str, ...]:
 
 def refuse_unmet(config: RunConfig, situation: Situation) -> None:
     """Raise ``ConfigError`` with every reason why the recipe cannot be followed."""
-    if problems := unmet(recipe_of(config), situation):
+    recipe, given = recipe_of(config), config.aggregator
+    problems = unmet(recipe, situation)
+    adapter = given.params.get(ADAPTER, FedIT.title) if given is not None else FedIT.title
+    if recipe.demands.factors and adapter != FedIT.title:
+        problems.append(
+            f"recipe={recipe.name} with aggregator.adapter={adapter}: it works on factors that are averaged apart and "
+            "all train in every round; use aggregator.adapter=fedit, or recipe=local_then_recover"
+        )
+    if problems:
         raise ConfigError(problems)
 
 

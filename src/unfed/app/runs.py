@@ -16,7 +16,7 @@ from unfed.app import build, encode, isolated, methods, recipes, requests, secon
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
-from unfed.app.outcome import advise, left_out, warnings_of
+from unfed.app.outcome import advise, left_out, memory_settings, warnings_of
 from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_loss
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.robustness import check_robustness
@@ -45,7 +45,7 @@ from unfed.models.adapter import ADAPTER_NAME, save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
 from unfed.models.second import LEARNED
 from unfed.training import advice
-from unfed.training.args import LoopArgs, loop_args
+from unfed.training.args import loop_args
 from unfed.training.loop import Local
 from unfed.unlearning.base import Plan, Situation, Source
 
@@ -74,22 +74,7 @@ def run(config: RunConfig) -> RunResult:
             return evaluate_only(config)
         return train(*recipes.settled(config), before)
     except torch.OutOfMemoryError as e:
-        raise UnfedError(advice.out_of_memory(_memory_settings(config), str(e))) from e
-
-
-def _memory_settings(config: RunConfig) -> dict[str, Any]:
-    args = loop_args(config.trainer.args) if config.trainer else LoopArgs()
-    lora = config.model.model_args.lora_config
-    lengths = [d.max_length for d in (config.data.train, config.data.forget, config.data.retain) if d is not None]
-    return {
-        "batch": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "checkpointing": args.gradient_checkpointing,
-        "max_length": max(lengths, default="?"),
-        "r": lora.r if lora else "-",
-        "modules": len(lora.target_modules) if lora and not isinstance(lora.target_modules, str) else "-",
-        "dtype": config.model.model_args.torch_dtype,
-    }
+        raise UnfedError(advice.out_of_memory(memory_settings(config), str(e))) from e
 
 
 def evaluate_only(config: RunConfig) -> RunResult:
@@ -251,6 +236,8 @@ def _served(work: _Training, state: ServerState) -> tuple[LoadedModel, Local, Ad
     """What is saved and evaluated: what was trained, or the one adapter that shards or two adapters make."""
     if work.plan.isolation is not None:
         return isolated.joined(work.plan, work.rule, work.situation, work.directory.path, (work.loaded, work.local))
+    if state.base_residual is not None:
+        return isolated.with_residual(work.loaded, work.local, state)
     return second.finish(work.directory, work.loaded, work.local, state.adapter)
 
 

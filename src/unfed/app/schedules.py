@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from unfed.aggregation.adapters.fedit import FedIT
 from unfed.aggregation.base import Aggregator
 from unfed.app.build import is_federated
 from unfed.app.methods import unlearning_objective
@@ -98,6 +99,8 @@ def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[st
                 name = part.title if isinstance(part, Wrapper) else part.name
                 if found.setdefault(name, part.settings()) != part.settings():
                     found[f"{name} of {client}"] = part.settings()
+    if rule.adapters.name != FedIT.title:
+        found[f"adapters {rule.adapters.name}"] = rule.adapters.settings()
     return found
 
 

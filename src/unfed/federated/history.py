@@ -24,6 +24,7 @@ from unfed.base.artifacts import (
 )
 from unfed.base.errors import ArtifactError
 from unfed.base.types import AdapterState, ServerState
+from unfed.federated.checkpoint import RESIDUAL_FILE
 
 HistoryKind = Literal["rounds", "updates", "sums"]
 HISTORY_KINDS: tuple[HistoryKind, ...] = ("rounds", "updates", "sums")
@@ -117,7 +118,9 @@ class History:
         place = self._root / "rounds" / _name(number)
         manifest = _manifest(place)
         opt_state = {str(s): _read(place, manifest, f"opt_{s}.safetensors") for s in manifest["slots"]}
-        return ServerState(number, _read(place, manifest, "adapter.safetensors"), opt_state)
+        kept = RESIDUAL_FILE in manifest["files"]
+        residual = _read(place, manifest, RESIDUAL_FILE) if kept else None
+        return ServerState(number, _read(place, manifest, "adapter.safetensors"), opt_state, residual)
 
     def update_rounds(self) -> list[int]:
         """Rounds (from 0) of which the clients' updates are kept."""

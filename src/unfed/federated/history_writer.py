@@ -11,6 +11,7 @@ from unfed.aggregation.tree import delta, full_like, moved, zip_map
 from unfed.base.artifacts import digest_file, read_tensors, remove_leftovers, write_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.base.types import AdapterState, ClientUpdate, ServerState
+from unfed.federated.checkpoint import RESIDUAL_FILE
 from unfed.federated.history import (
     HISTORY_DIR,
     HISTORY_KINDS,
@@ -122,6 +123,8 @@ class HistoryWriter:
             return
         with round_dir(self._root / "rounds", state.round, {"slots": sorted(state.opt_state)}) as part:
             write_private(part / "adapter.safetensors", state.adapter)
+            if state.base_residual is not None:
+                write_private(part / RESIDUAL_FILE, state.base_residual)
             for slot, values in state.opt_state.items():
                 write_private(part / f"opt_{slot}.safetensors", values)
 

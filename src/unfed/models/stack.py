@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from unfed.aggregation.lora import lora_pairs
 from unfed.base.errors import AdapterError
 from unfed.base.types import AdapterState
-from unfed.models.adapter import ADAPTER_NAME, restore
+from unfed.models.adapter import ADAPTER_NAME, lora_scaling, restore
+from unfed.models.residual import put_residual
+
+_OF_PEFT = "base_model.model."
 
 
 def concatenate(parts: Sequence[tuple[float, AdapterState]]) -> AdapterState:
@@ -71,6 +74,43 @@ def reshaped(model: PeftModel, config: LoraConfig, adapter: AdapterState) -> Pef
     config.base_model_name_or_path = base  # PEFT writes the path it was opened from
     restore(one, adapter)
     return one
+
+
+def on_residual(adapter: AdapterState, residual: AdapterState, scaling: Mapping[str, float]) -> AdapterState:
+    """One adapter for what acts together: ``adapter`` at its ``scaling`` by module and, beneath it, ``residual`` at 1.
+
+    Of each module: ``A`` ``(r + q, n)`` and ``B`` ``(m, r + q)``, at the adapter's scaling; the factors of an adapter
+    whose B is zero are left out. Other tensors (biases, whole modules) are the adapter's.
+    """
+    found = dict(adapter)
+    for module, (a, b) in lora_pairs(adapter).items():
+        beneath_b = (residual[b].double() / scaling[module]).to(adapter[b].dtype)
+        beneath_a = residual[a].to(adapter[a].dtype)
+        if not bool(adapter[b].any()):
+            found[a], found[b] = beneath_a, beneath_b
+            continue
+        found[a], found[b] = torch.cat([adapter[a], beneath_a]), torch.cat([adapter[b], beneath_b], dim=1)
+    return AdapterState(found)
+
+
+def config_like(own: LoraConfig, adapter: AdapterState, scaling: Mapping[str, float]) -> LoraConfig:
+    """``own`` with the ranks of ``adapter``, at ``scaling`` by module (which are those of ``own``)."""
+    config: Any = copy.deepcopy(own)
+    ranks = {m: int(adapter[a].shape[0]) for m, (a, _) in lora_pairs(adapter).items()}
+    growth = math.sqrt if config.use_rslora else float
+    alphas = {m: scaling[m] * growth(r) for m, r in ranks.items()}
+    config.r, config.lora_alpha = max(ranks.values()), max(alphas.values())
+    config.rank_pattern = {m.removeprefix(_OF_PEFT): r for m, r in ranks.items() if r != config.r}
+    config.alpha_pattern = {m.removeprefix(_OF_PEFT): a for m, a in alphas.items() if a != config.lora_alpha}
+    return config
+
+
+def residual_model(model: PeftModel, adapter: AdapterState, residual: AdapterState) -> tuple[PeftModel, AdapterState]:
+    """The model with one adapter in place of its own and what lies beneath, and that; ``model`` is taken apart."""
+    put_residual(model, None)
+    scaling = lora_scaling(model)
+    one = on_residual(adapter, residual, scaling)
+    return reshaped(model, config_like(_lora_config(model), one, scaling), one), one
 
 
 def _lora_config(model: PeftModel) -> LoraConfig:

@@ -165,7 +165,8 @@ class Demands:
     up mean updates (FedAvg, FedProx). ``chained``: though it uses the history, it starts from the adapter that it is
     given, so that what earlier requests have forgotten stays so. ``lora``: it works on the factors of a learned, plain
     LoRA adapter. ``second_adapter``: that adapter stays frozen and a second one on top of it trains
-    (:meth:`Recipe.second_adapter`); what is saved is their stack (:mod:`unfed.models.second`).
+    (:meth:`Recipe.second_adapter`); what is saved is their stack (:mod:`unfed.models.second`). ``factors``: it works on
+    factors that are averaged apart (``aggregator.adapter=fedit``), all of which train and travel in every round.
     """
 
     history: frozenset[HistoryKind] = frozenset()
@@ -177,6 +178,7 @@ class Demands:
     chained: bool = False
     lora: bool = False
     second_adapter: bool = False
+    factors: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class FedEraser(Recipe):
 
     title: ClassVar[str] = "federaser"
     demands: ClassVar[Demands] = Demands(
-        frozenset({"updates"}), source=True, whole_clients=True, replay=True, linear=True
+        frozenset({"updates"}), source=True, whole_clients=True, replay=True, linear=True, factors=True
     )
     promise: ClassVar[Promise] = Promise(
         "approximate",

@@ -46,7 +46,7 @@ class FedOSD(Recipe):
     """
 
     title: ClassVar[str] = "fedosd"
-    demands: ClassVar[Demands] = Demands()
+    demands: ClassVar[Demands] = Demands(factors=True)
     promise: ClassVar[Promise] = Promise(
         "approximate",
         "unlearning steps do not change the other clients' losses to first order; nothing proves that the forget rows "

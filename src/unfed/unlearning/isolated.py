@@ -32,7 +32,7 @@ class Isolated(Recipe):
     shards: int = whole(0, at_least=0)
 
     title: ClassVar[str] = "isolated"
-    demands: ClassVar[Demands] = Demands(source=True, replay=True)
+    demands: ClassVar[Demands] = Demands(source=True, replay=True, factors=True)
     promise: ClassVar[Promise] = Promise(
         "exact", "the shards that had the forget rows are dropped or trained again without them; no other saw them"
     )

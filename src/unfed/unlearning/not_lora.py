@@ -26,7 +26,7 @@ class NotLora(Recipe):
 
     layers: Layers = layers_choice("first")
     title: ClassVar[str] = "not_lora"
-    demands: ClassVar[Demands] = Demands(lora=True)
+    demands: ClassVar[Demands] = Demands(lora=True, factors=True)
     promise: ClassVar[Promise] = Promise(
         "approximate",
         "experimental: the first layer's learned update is negated and trained anew without the forget rows; shown for "

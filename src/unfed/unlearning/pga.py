@@ -40,7 +40,9 @@ class PGA(Recipe):
     """
 
     title: ClassVar[str] = "pga"
-    demands: ClassVar[Demands] = Demands(frozenset({"updates"}), source=True, whole_clients=True, linear=True)
+    demands: ClassVar[Demands] = Demands(
+        frozenset({"updates"}), source=True, whole_clients=True, linear=True, factors=True
+    )
     promise: ClassVar[Promise] = Promise(
         "approximate",
         "gradient ascent lowers what the model says of the forget rows; nothing proves that they are gone",

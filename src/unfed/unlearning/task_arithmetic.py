@@ -58,7 +58,7 @@ class TaskArithmetic(OnTop):
 
     scale: float = number(1.0, above=0)
     title: ClassVar[str] = "task_arithmetic"
-    demands: ClassVar[Demands] = Demands(lora=True, second_adapter=True)
+    demands: ClassVar[Demands] = Demands(lora=True, second_adapter=True, factors=True)
     promise: ClassVar[Promise] = Promise(
         "approximate",
         "what learning the forget rows once more would change is subtracted; the learned adapter lies unchanged "

@@ -29,7 +29,7 @@ class UnlearningAdapter(OnTop):
 
     forget: Literal["method", "none"] = choice("method", ("method", "none"))
     title: ClassVar[str] = "unlearning_adapter"
-    demands: ClassVar[Demands] = Demands(method=True, lora=True, second_adapter=True)
+    demands: ClassVar[Demands] = Demands(method=True, lora=True, second_adapter=True, factors=True)
     promise: ClassVar[Promise] = Promise(
         "approximate",
         "the second adapter lowers what the model says of the forget rows; the learned one lies unchanged beneath it "

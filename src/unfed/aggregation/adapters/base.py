@@ -43,8 +43,8 @@ Steps = Literal["factors", "weights", "mean"]
 class AdapterRule(Hyperparameters):
     """A rule by name (``aggregator.adapter=``): a frozen dataclass of its hyperparameters, without state of its own.
 
-    ``scaling``: alpha/r of each module. ``probe_seed``: of the error's estimate. ``ranks``: clients that train another
-    rank than the adapter's (the least of the two). None of the three is the user's to set here.
+    ``scaling``: alpha/r of each module. ``probe_seed``: of the error's estimate and of what a rule draws. ``ranks``:
+    clients that train another rank than the adapter's. None of the three is the user's to set here.
     ``steps`` says what a server optimizer may do with the result: ``factors``: it moves the factors towards the merged
     ones, entry by entry; ``weights``: the rule itself takes a multiple of the mean update of the effective weights, or
     momentum on it; ``mean``: the merged adapter is taken as it is, and only plain averaging is defined.

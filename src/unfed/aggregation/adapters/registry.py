@@ -7,12 +7,14 @@ from types import MappingProxyType
 from typing import Any
 
 from unfed.aggregation.adapters.base import AdapterRule
+from unfed.aggregation.adapters.exact import FedEx, FLoRA
 from unfed.aggregation.adapters.fedit import FedIT
 from unfed.aggregation.adapters.one_factor import FFALoRA, RoLoRA
 from unfed.base import params as hyper
 from unfed.base.errors import nearest
 
-ADAPTER_RULES: Mapping[str, type[AdapterRule]] = MappingProxyType({cls.title: cls for cls in (FedIT, FFALoRA, RoLoRA)})
+_RULES = (FedIT, FFALoRA, RoLoRA, FLoRA, FedEx)
+ADAPTER_RULES: Mapping[str, type[AdapterRule]] = MappingProxyType({cls.title: cls for cls in _RULES})
 
 
 def adapter_rule_problems(name: object, params: object) -> list[str]:
