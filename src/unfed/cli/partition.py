@@ -44,11 +44,11 @@ def _show(rest: Sequence[str], output: Path | None) -> int:
 
     if output is not None and output.suffix != ".png":
         raise UnfedError(f"--output {output}: a picture is written as PNG; give a name that ends in .png")
-    runs = [r for r in rest if "=" not in r or Path(r).is_dir()]
-    if runs and len(rest) != 1:
-        raise UnfedError(f"{runs[0]}: give one RUN alone, or overrides (key=value) alone")
-    if runs:
-        place = Path(runs[0])
+    places = [r for r in rest if Path(r).is_dir()]
+    if places and len(rest) != 1:
+        raise UnfedError(f"{places[0]}: give one RUN alone, or overrides (key=value) alone")
+    if places or (len(rest) == 1 and "=" not in rest[0]):
+        place = Path(rest[0])
         found, where = of_run(place), f"as in {place}"
     else:
         place = Path()
