@@ -42,7 +42,7 @@ def test_the_groups_have_the_files_that_users_name():
     assert choices("recipe") == set(RECIPES) == set(schema.RECIPES)
     assert choices("aggregator") == set(AGGREGATORS) == set(schema.AGGREGATORS)
     assert choices("lora") == {"quick", "balanced", "high"}
-    assert choices("partition") == {"target", "iid", "author", "dirichlet", "quantity"}
+    assert choices("partition") == {"target", "iid", "author", "topic", "dirichlet", "quantity", "file"}
     assert {"train", "train-lora", "unlearn", "unlearn-lora", "eval", "quickstart"} <= choices(".")
     assert {"finetune/tofu/default", "unlearn/tofu/default", "eval/tofu/default"} <= {
         str(f.relative_to(CONFIGS / "experiment").with_suffix("")) for f in (CONFIGS / "experiment").rglob("*.yaml")

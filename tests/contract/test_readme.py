@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from unfed.base.errors import ConfigError
-from unfed.cli import alternates, evaluate, fed_train, show, study, sweep, train, tune_rank
+from unfed.cli import alternates, evaluate, fed_train, partition, show, study, sweep, train, tune_rank
 from unfed.config import compat, load, schema
 from unfed.config.sweep_runs import checked
 
@@ -28,9 +28,10 @@ PAIRS = {
     "docs/methods.md": "docs/methods.zh-CN.md",
     "docs/evaluation.md": "docs/evaluation.zh-CN.md",
     "docs/sweeps.md": "docs/sweeps.zh-CN.md",
+    "docs/clients.md": "docs/clients.zh-CN.md",
 }
 PAGES = [*PAIRS, *PAIRS.values()]
-RUN_HERE = ("docs/lora.md", "docs/unlearning.md")
+RUN_HERE = ("docs/lora.md", "docs/unlearning.md", "docs/clients.md")
 """Pages whose commands are run from top to bottom in one directory, as a reader would."""
 PROMISED = (
     "python src/fed_train.py --config-name=train-lora.yaml experiment=finetune/tofu/default task_name=SAMPLE_TRAIN",
@@ -64,6 +65,7 @@ PROGRAMS = {
     ("unfed", "evaluate"): Program("eval.yaml", evaluate.main),
     ("unfed", "config"): Program(show.DEFAULT, show.config, runs=False),
     ("unfed", "plan"): Program(show.DEFAULT, show.plan, runs=False),
+    ("unfed", "partition"): Program(partition.PRIMARY, partition.main, runs=False),
     ("unfed", "oracle"): Program(show.DEFAULT, show.oracle, runs=False),
     ("unfed", "alternates"): Program(alternates.PRIMARY, alternates.main, runs=False),
 }
@@ -190,6 +192,8 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(words: tuple[str, ...], program: Program, base: Path) -> list[str]:
     """The command's arguments on the tiny model: another base, a step a client and round, little evaluation."""
     argv = [w.replace(BASE, str(base)) for w in words[2:]]
+    if words[:2] == ("unfed", "partition"):
+        return argv  # it needs no model
     if not any(w.startswith(f"{MODEL}=") for w in argv):
         argv.append(f"{MODEL}={base}")
     if program.runs:

@@ -363,3 +363,32 @@ def test_regular_expressions_pass_the_command_line():
     assert config.method is not None
     assert config.method.params["module_regex"] == "model.layers.3"
     assert config.method.params["trainable_params_regex"] == [".*mlp.*", ".*q_proj"]
+
+
+DEALT = ["model=tiny-lora", "model.model_args.pretrained_model_name_or_path=nobody/nothing", "task_name=t"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["partition=topics"], "partition=topics: no such partition; did you mean 'topic'"),
+        (["partition.rest=topc"], "partition.rest=topc: no such choice; did you mean 'topic'?"),
+        (["partition=dirichlet", "partition.over=authors"], "partition.over=authors"),
+        (["partition=topic", "partition.topics=0"], "partition.topics=0: must be at least 1, or null"),
+        (["partition=iid", "partition.topics=5"], "partition.topics=5: nothing is dealt by topic"),
+        (["partition.over=topic"], "says what partition.rest=dirichlet spreads, and partition.rest=iid"),
+        (["partition=author", "partition.over=topic"], "says what partition.scheme=dirichlet spreads"),
+        (["partition=file"], "partition.manifest: missing, and has no default; give partition.manifest=..."),
+        (["partition.scheme=file"], "partition=file: give partition.manifest=FILE"),
+    ],
+)
+def test_a_partition_that_cannot_be_dealt_is_named(given, said):
+    with pytest.raises(ConfigError) as caught:
+        resolve([*DEALT, "experiment=finetune/tofu/default", *given], "train-lora.yaml")
+    assert said in str(caught.value)
+
+
+def test_topics_may_be_what_is_dealt_beside_the_target():
+    given = ["partition.rest=dirichlet", "partition.over=topic", "partition.topics=9"]
+    config = resolve([*DEALT, "experiment=finetune/tofu/default", *given], "train-lora.yaml")
+    assert (config.partition.scheme, config.partition.rest, config.partition.topics) == ("target", "dirichlet", 9)

@@ -7,30 +7,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unfed.base.artifacts import digest_file
 from unfed.base.errors import ArtifactError, DataError
 from unfed.data.datasets import DatasetSpec, data_digest, load_rows
 from unfed.data.partition import DEALERS, Partition, PartitionSpec, make_partition
+from unfed.data.topics import default_topics, find_topics
 
 
 def rows(count: int, author_rows: int | None = None) -> list[dict]:
-    found = [{"id": f"r{n:03}", "question": "q", "answer": "a"} for n in range(count)]
+    found = [{"id": f"r{n:03}", "question": f"word{n % 11}", "answer": f"thing{n % 7}"} for n in range(count)]
     return found if author_rows is None else [{**r, "author": n // author_rows} for n, r in enumerate(found)]
 
 
+BEFORE = {
+    "iid": "sha256:e3047da90ecd2caf3d2a2d5eeab84a009eafb70e953e90184254e1557b7b38cf",
+    "author": "sha256:3a534afd7359ddfc0b646595a6c4996636629ba6286b2e60e611086e0257a446",
+    "dirichlet": "sha256:72d03e20f3e07d6b83c22681320139c348f89704f21ac4370b5d93e04b261174",
+    "quantity": "sha256:6effc27b87ce47cdb30a1effb5089bfc96b419460a5701ea054579b6b736de94",
+    "target": "sha256:a6d6826ed511ead4e81b5ca9a519305d780691703a55e18372851ee9cd974d00",
+}
 ALPHA = st.sampled_from([1e-6, 0.05, 0.5, 5.0, 100.0])
 
 
 @settings(deadline=None, max_examples=120)
 @given(
     st.sampled_from(["iid", "dirichlet", "quantity"]),
+    st.sampled_from(["author", "author", "topic"]),
     st.integers(1, 90),
     st.integers(1, 12),
     ALPHA,
     st.integers(0, 9),
 )
-def test_every_row_has_one_owner_and_nobody_is_empty(scheme, count, clients, alpha, seed):
+def test_every_row_has_one_owner_and_nobody_is_empty(scheme, over, count, clients, alpha, seed):
     data = rows(count)
-    how = PartitionSpec(scheme, alpha=alpha)
+    how = PartitionSpec(scheme, alpha=alpha, over=over)
     if clients > count:
         with pytest.raises(DataError, match=f"num_clients={clients} is more than the {count} examples"):
             make_partition(data, clients, how, seed=seed)
@@ -62,6 +72,12 @@ def test_the_target_owns_every_forget_row(rest, retain, forget, clients, seed, a
         with pytest.raises(DataError, match=r"too few|more than the"):
             make_partition(data, clients, how, wanted, seed)
         return
+    if rest == "topic" and retain:  # how many topics the rows beside the target's have, is known when they are found
+        topics = find_topics(data, default_topics(len(data), clients), seed)
+        if sum(not set(wanted).issuperset(t.ids) for t in topics) < receivers:
+            with pytest.raises(DataError, match="topics are too few"):
+                make_partition(data, clients, how, wanted, seed)
+            return
     found = make_partition(data, clients, how, wanted, seed)
     assert found.owners(wanted) == {f"client_{target}": tuple(wanted)}
     assert sorted(i for ids in found.clients.values() for i in ids) == [r["id"] for r in data]
@@ -121,6 +137,15 @@ def test_equal_shares_are_equal_and_alpha_decides_how_unequal_others_are():
     assert largest_share(0.01) > 0.9 and largest_share(1e4) < 0.5
 
 
+@pytest.mark.parametrize("scheme", ["iid", "author", "dirichlet", "quantity", "target"])
+def test_a_manifest_of_an_older_scheme_is_what_it_was(scheme, tmp_path: Path):
+    """Digests of what was written before there were topics: neither the draw nor a byte of the file changed."""
+    data = [{"id": f"r{n:03}", "question": "q", "answer": "a"} for n in range(90)]
+    made = make_partition(data, 4, PartitionSpec(scheme, rest="dirichlet"), [r["id"] for r in data[80:]], seed=5)
+    made.write(tmp_path / "partition.json")
+    assert digest_file(tmp_path / "partition.json") == BEFORE[scheme]
+
+
 def test_the_seed_decides():
     data = rows(50)
     one, other = (make_partition(data, 3, PartitionSpec("iid"), seed=s) for s in (0, 1))
@@ -132,6 +157,10 @@ def test_the_seed_decides():
     [
         (3, PartitionSpec("targt"), ["r000"], "partition.scheme='targt' is unknown; did you mean 'target'"),
         (3, PartitionSpec(rest="target"), ["r000"], "partition.rest='target' is unknown"),
+        (3, PartitionSpec("dirichlet", over="topics"), (), "partition.over='topics' is unknown; did you mean 'topic'"),
+        (3, PartitionSpec("topic", topics=11), (), "partition.topics=11 with 10 rows to deal: use 1 to 10"),
+        (3, PartitionSpec("topic", topics=0), (), "partition.topics=0 with 10 rows"),
+        (3, PartitionSpec("topic", topics=2), (), "2 topics are too few for 3 clients"),
         (3, PartitionSpec("dirichlet", alpha=0), (), r"partition.alpha=0; .* above 0"),
         (3, PartitionSpec("dirichlet", alpha=float("nan")), (), r"partition.alpha=nan"),
         (3, PartitionSpec(target_client_idx=3), ["r000"], "target_client_idx=3 with num_clients=3: use 0 to 2"),

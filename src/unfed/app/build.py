@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unfed.aggregation.base import Aggregator
@@ -16,6 +16,7 @@ from unfed.base.types import Example
 from unfed.config.checks import alternate_problems
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.data.datasets import load_rows
+from unfed.data.given import read_given
 from unfed.data.partition import Partition, PartitionSpec, make_partition
 from unfed.federated.schedule import Participation
 from unfed.models.adapter import lora_scaling
@@ -164,7 +165,7 @@ def settle_partition(config: RunConfig, rows: Rows) -> tuple[Partition, str]:
             )
         made = _deal(config, rows, everything, asked or DEFAULT_CLIENTS)
         return made, f"made here: {made.scheme}, {len(made.clients)} clients"
-    partition = Partition.read(manifest)
+    partition = read_given(manifest, everything, numbers=config.mode == "finetune")
     if asked is not None and asked != len(partition.clients):
         raise UnfedError(
             f"trainer.method_args.num_clients={asked}, but {manifest} deals the rows to {len(partition.clients)} "
@@ -188,10 +189,12 @@ def _deal(config: RunConfig, rows: Rows, dealt: Sequence[Example], clients: int)
         alpha=config.partition.alpha,
         target_client_idx=target if isinstance(target, int) else 0,
         target_shares=config.partition.target_shares,
+        over=config.partition.over,
+        topics=config.partition.topics,
     )
     forget = {e["id"] for e in rows.forget} & {e["id"] for e in dealt}
     if spec.scheme == "target" and not forget:
-        spec = PartitionSpec(scheme=spec.rest, alpha=spec.alpha)
+        spec = replace(spec, scheme=spec.rest, target_client_idx=0)
     return make_partition(dealt, clients, spec, forget, config.seed)
 
 

@@ -16,6 +16,7 @@ from unfed.app.recipes import recipe_of
 from unfed.app.source import read_source, source_directory
 from unfed.base.artifacts import read_tensors
 from unfed.config.schema import RunConfig
+from unfed.data.given import clients_of
 from unfed.models.adapter import live_tensors, lora_scaling, trainable_parameters
 from unfed.models.load import DTYPES
 from unfed.models.second import not_plain_lora, ranks_of
@@ -134,7 +135,7 @@ def _extent(config: RunConfig) -> tuple[int, int]:
     clients = given.num_clients
     manifest = build.find_manifest(config)
     if clients is None and manifest is not None:
-        clients = len(build.Partition.read(manifest).clients)
+        clients = len(clients_of(manifest))
     rounds = _rounds(config, given.global_rounds) if config.mode == "unlearn" else given.global_rounds
     return clients or build.DEFAULT_CLIENTS, rounds
 

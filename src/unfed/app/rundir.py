@@ -17,6 +17,7 @@ import torch
 from unfed.base.artifacts import LOCK_NAME, RUN_FILE, read_json, remove_leftovers, run_lock, write_json
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import RunConfig
+from unfed.data.ownership import OWNERSHIP_FILE
 from unfed.federated.checkpoint import Checkpoints
 from unfed.federated.shards import SHARDS_DIR
 
@@ -135,7 +136,7 @@ def _undo(path: Path, there: set[Path] | None, aside: Path | None) -> None:
     ``there``: what the directory held before (``None``: it did not exist), which stays.
     """
     made = [f for f in path.iterdir() if f not in (there or ())]
-    if any(f.name not in {RUN_FILE, PARTITION_FILE, LOCK_NAME} and f.suffix != ".log" for f in made):
+    if any(f.name not in {RUN_FILE, PARTITION_FILE, OWNERSHIP_FILE, LOCK_NAME} and f.suffix != ".log" for f in made):
         return
     with contextlib.suppress(OSError):  # the message matters more than a directory that cannot be removed
         for file in made:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unfed.aggregation.base import Aggregator
-from unfed.app import build, encode, isolated, methods, recipes, requests, second
+from unfed.app import build, encode, isolated, methods, ownership, recipes, requests, second
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -21,7 +21,6 @@ from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_lo
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.robustness import check_robustness
 from unfed.app.rundir import (
-    PARTITION_FILE,
     TRAIN_ROWS_FILE,
     RunDir,
     open_run,
@@ -178,7 +177,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         identity = {**training_identity(config), "inputs": inputs}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
-        partition.write(directory.path / PARTITION_FILE)
+        notes |= ownership.keep(directory.path, rows, partition)
         probe = probe_forget_loss(local, clients, situation.targets, loaded)
         if config.mode == "unlearn":
             notes["forgotten"] = requests.note(config, rows.forget, partition, before)

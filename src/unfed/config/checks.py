@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unfed.base.errors import nearest
 from unfed.config.checks_eval import evaluation_settings, metric_names
+from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_recipe import recipe_settings
 from unfed.config.schema import (
     AGGREGATORS,
@@ -263,8 +264,6 @@ def _limits(config: RunConfig) -> Iterator[str]:
     parts = Path(config.task_name).parts  # "." has none: its directory would be the one that holds all runs
     if not config.task_name.strip() or not parts or Path(config.task_name).is_absolute() or ".." in parts:
         yield f"task_name={config.task_name}: must be a name, or a path below saves/{config.mode}"
-    if not 0 < config.partition.alpha < math.inf:
-        yield f"partition.alpha={config.partition.alpha}: must be above 0, and finite"
     multiple = config.collator.pad_to_multiple_of
     if multiple is not None and multiple < 1:
         yield f"collator.pad_to_multiple_of={multiple}: must be at least 1"
@@ -281,5 +280,6 @@ CHECKS = (
     _data,
     alternate_problems,
     _limits,
+    partition_settings,
     evaluation_settings,
 )

@@ -154,10 +154,10 @@ def _manifest(config: RunConfig) -> Iterator[str]:
     file = next((f for f in (Path(config.partition.manifest or ""), *places) if f.is_file()), None)
     if file is None:
         return
-    from unfed.data.partition import Partition
+    from unfed.data.given import clients_of
 
     try:
-        clients = len(Partition.read(file).clients)
+        clients = len(clients_of(file))
     except UnfedError as e:
         yield str(e)
         return

@@ -129,14 +129,17 @@ class EngineConfig:
 class PartitionConfig:
     """``target``: the target client owns every forget row and the rest is dealt by ``rest`` (``target_shares``: to the
     target as well; false: it owns nothing else, and can leave as a whole).
-    ``alpha``: concentration of the Dirichlet schemes. ``by_author`` keeps a person's rows together."""
+    ``author`` keeps a person's rows together, ``topic`` those of a topic. ``alpha``: concentration of the Dirichlet
+    schemes; ``over``: whose rows each draw of ``dirichlet`` spreads."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    scheme: Literal["target", "iid", "author", "dirichlet", "quantity"] = "target"
-    rest: Literal["iid", "author", "dirichlet", "quantity"] = "iid"
+    scheme: Literal["target", "iid", "author", "topic", "dirichlet", "quantity", "file"] = "target"
+    rest: Literal["iid", "author", "topic", "dirichlet", "quantity"] = "iid"
     alpha: float = 0.5
+    over: Literal["author", "topic"] = "author"
+    topics: int | None = None  # how many; None: by the number of rows
     target_shares: bool = True
-    manifest: str | None = None  # a partition.json to use instead
+    manifest: str | None = None  # a partition.json, or a file of client -> rows, to use instead
 
 
 @dataclass(frozen=True)

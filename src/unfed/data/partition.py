@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from unfed.base.errors import ArtifactError, DataError, nearest
 from unfed.base.seeding import numpy_generator
 from unfed.base.types import Example
 from unfed.data.datasets import data_digest
+from unfed.data.dealers import DEALERS, Dealt
+from unfed.data.topics import Topic, default_topics, find_topics
 
 AUTHOR_ROWS = 20
 """Rows of one person in TOFU, one after the other; used where the rows have no ``author``."""
-
-Dealt = list[list[int]]
-"""Row numbers of each client."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,11 @@ class PartitionSpec:
 
     ``target``: client ``target_client_idx`` owns every forget row, and the other rows are dealt to all clients
     (the target too, unless ``target_shares`` is false) by ``rest``. ``iid``: equal shares at random. ``author``:
-    whole people, equally many. ``dirichlet``: each person's rows spread over the clients by Dirichlet(``alpha``).
+    whole people, equally many. ``topic``: whole topics, so that clients have about as many rows. ``dirichlet``: the
+    rows of each person (``over``: ``author``) or topic (``topic``) spread over the clients by Dirichlet(``alpha``).
     ``quantity``: rows at random, client sizes from Dirichlet(``alpha``).
+
+    ``topics``: how many (:func:`unfed.data.topics.find_topics`); ``None``: :func:`unfed.data.topics.default_topics`.
     """
 
     scheme: str = "target"
@@ -37,19 +39,29 @@ class PartitionSpec:
     alpha: float = 0.5
     target_client_idx: int = 0
     target_shares: bool = True
+    over: str = "author"
+    topics: int | None = None
+
+    @property
+    def by_topic(self) -> bool:
+        """Whether the rows, or those beside the target's, are dealt by topic."""
+        scheme = self.rest if self.scheme == "target" else self.scheme
+        return scheme == "topic" or (scheme == "dirichlet" and self.over == "topic")
 
 
 @dataclass(frozen=True)
 class Partition:
     """Clients and their examples: ``clients`` maps ``client_0``, ``client_1``, ... to example ids in data order.
 
-    ``data_digest`` is :func:`unfed.data.datasets.data_digest` of the rows that were dealt.
+    ``data_digest`` is :func:`unfed.data.datasets.data_digest` of the rows that were dealt. ``topics``: those that they
+    were dealt by; empty where they were not.
     """
 
     clients: Mapping[str, tuple[str, ...]]
     scheme: str
     seed: int
     data_digest: str
+    topics: tuple[Topic, ...] = ()
 
     @property
     def client_ids(self) -> tuple[str, ...]:
@@ -92,7 +104,8 @@ class Partition:
     def extended(self, dealt: Partition) -> Partition:
         """Everybody keeps what they own, and gets their rows of ``dealt``, a partition of other rows."""
         clients = {c: (*ids, *dealt.clients[c]) for c, ids in self.clients.items()}
-        return Partition(clients, self.scheme, self.seed, digest_json([self.data_digest, dealt.data_digest]))
+        topics = (*self.topics, *dealt.topics) if self.topics and dealt.topics else ()
+        return Partition(clients, self.scheme, self.seed, digest_json([self.data_digest, dealt.data_digest]), topics)
 
     def write(self, path: Path | str) -> None:
         """Write the manifest, atomically."""
@@ -105,7 +118,8 @@ class Partition:
         raw = read_json(path)
         try:
             clients = {str(c): tuple(str(i) for i in ids) for c, ids in raw["clients"].items()}
-            partition = cls(clients, str(raw["scheme"]), int(raw["seed"]), str(raw["data_digest"]))
+            topics = tuple(Topic(str(t["words"]), tuple(map(str, t["ids"]))) for t in raw.get("topics", ()))
+            partition = cls(clients, str(raw["scheme"]), int(raw["seed"]), str(raw["data_digest"]), topics)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise ArtifactError(f"{path} is not a partition manifest ({type(e).__name__}: {e})") from e
         if raw.get("digest") != digest_json(partition._body()):
@@ -116,12 +130,14 @@ class Partition:
         return partition
 
     def _body(self) -> dict[str, Any]:
+        topics = [{"words": t.words, "ids": list(t.ids)} for t in self.topics]
         return {
             "format": "unfed-partition-1",
             "scheme": self.scheme,
             "seed": self.seed,
             "data_digest": self.data_digest,
             "clients": {c: list(ids) for c, ids in self.clients.items()},
+            **({"topics": topics} if topics else {}),
         }
 
 
@@ -139,13 +155,20 @@ def make_partition(
     ids = [e["id"] for e in examples]
     _check(ids, num_clients, spec)
     rng = numpy_generator(seed, "partition", spec.scheme)
-    people = people_of(examples)
-    if spec.scheme == "target":
-        dealt = _deal_target(ids, people, num_clients, spec, set(forget_ids), rng)
+    topics: tuple[Topic, ...] = ()
+    if spec.by_topic:
+        count = default_topics(len(ids), num_clients) if spec.topics is None else spec.topics
+        topics = find_topics(examples, count, seed)
+        topic = {i: n for n, t in enumerate(topics) for i in t.ids}
+        groups = [topic[i] for i in ids]
     else:
-        dealt = DEALERS[spec.scheme](list(range(len(ids))), people, num_clients, spec.alpha, rng)
+        groups = people_of(examples)
+    if spec.scheme == "target":
+        dealt = _deal_target(ids, groups, num_clients, spec, set(forget_ids), rng)
+    else:
+        dealt = DEALERS[spec.scheme](list(range(len(ids))), groups, num_clients, spec.alpha, rng)
     clients = {f"client_{c}": tuple(ids[i] for i in sorted(rows)) for c, rows in enumerate(dealt)}
-    return Partition(clients, spec.scheme, seed, data_digest(examples))
+    return Partition(clients, spec.scheme, seed, data_digest(examples), topics)
 
 
 def _check(ids: Sequence[str], num_clients: int, spec: PartitionSpec) -> None:
@@ -155,7 +178,11 @@ def _check(ids: Sequence[str], num_clients: int, spec: PartitionSpec) -> None:
         raise DataError(f"num_clients={num_clients}; at least one client is needed")
     if num_clients > len(ids):
         raise DataError(f"num_clients={num_clients} is more than the {len(ids)} examples there are to deal")
-    for key, name, known in (("scheme", spec.scheme, SCHEMES), ("rest", spec.rest, tuple(DEALERS))):
+    for key, name, known in (
+        ("scheme", spec.scheme, SCHEMES),
+        ("rest", spec.rest, tuple(DEALERS)),
+        ("over", spec.over, GROUPS),
+    ):
         if name not in known:
             raise DataError(f"partition.{key}={name!r} is unknown{nearest(name, known)}")
     if not spec.alpha > 0:
@@ -175,7 +202,7 @@ def people_of(examples: Sequence[Example]) -> list[Any]:
 
 def _deal_target(
     ids: Sequence[str],
-    people: Sequence[Any],
+    groups: Sequence[Any],
     num_clients: int,
     spec: PartitionSpec,
     forget: set[str],
@@ -203,68 +230,13 @@ def _deal_target(
         )
     dealt: Dealt = [[] for _ in range(num_clients)]
     if receivers:
-        shares = DEALERS[spec.rest](rest, people, len(receivers), spec.alpha, rng) if rest else []
+        shares = DEALERS[spec.rest](rest, groups, len(receivers), spec.alpha, rng) if rest else []
         for client, rows in zip(receivers, shares, strict=False):
             dealt[client] = rows
     dealt[target] = dealt[target] + [n for n, i in enumerate(ids) if i in forget]
     return dealt
 
 
-def _iid(rows: list[int], people: Sequence[Any], n: int, alpha: float, rng: np.random.Generator) -> Dealt:
-    return [part.tolist() for part in np.array_split(rng.permutation(rows), n)]
-
-
-def _author(rows: list[int], people: Sequence[Any], n: int, alpha: float, rng: np.random.Generator) -> Dealt:
-    groups = _by_person(rows, people)
-    if len(groups) < n:
-        raise DataError(
-            f"scheme 'author' keeps people together: {len(groups)} people are too few for {n} clients; "
-            "use fewer clients or scheme 'iid'"
-        )
-    return [[i for g in part for i in groups[g]] for part in np.array_split(rng.permutation(len(groups)), n)]
-
-
-def _dirichlet(rows: list[int], people: Sequence[Any], n: int, alpha: float, rng: np.random.Generator) -> Dealt:
-    dealt: Dealt = [[] for _ in range(n)]
-    for group in _by_person(rows, people):
-        owners = np.repeat(np.arange(n), rng.multinomial(len(group), _proportions(n, alpha, rng)))
-        for i, owner in zip(rng.permutation(group).tolist(), owners, strict=True):
-            dealt[owner].append(i)
-    return _fill_empty(dealt)
-
-
-def _quantity(rows: list[int], people: Sequence[Any], n: int, alpha: float, rng: np.random.Generator) -> Dealt:
-    ends = np.rint(np.cumsum(_proportions(n, alpha, rng)) * len(rows)).astype(int)[:-1]
-    return _fill_empty([part.tolist() for part in np.split(rng.permutation(rows), ends)])
-
-
-def _proportions(n: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
-    p = rng.dirichlet([alpha] * n)
-    if np.isfinite(p).all() and p.sum() > 0:
-        return p / p.sum()
-    # All the gamma draws underflowed (alpha near 0): the limit is one client taken at random.
-    return np.eye(n)[rng.integers(n)]
-
-
-def _by_person(rows: list[int], people: Sequence[Any]) -> list[list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for i in rows:
-        groups.setdefault(people[i], []).append(i)
-    return list(groups.values())
-
-
-def _fill_empty(dealt: Dealt) -> Dealt:
-    """Give each client without rows one row of the largest client (a departure from the pure draw)."""
-    for rows in dealt:
-        if not rows:
-            rows.append(max(dealt, key=len).pop())
-    return dealt
-
-
-DEALERS: Mapping[str, Callable[[list[int], Sequence[Any], int, float, np.random.Generator], Dealt]] = {
-    "iid": _iid,
-    "author": _author,
-    "dirichlet": _dirichlet,
-    "quantity": _quantity,
-}
 SCHEMES = ("target", *DEALERS)
+GROUPS = ("author", "topic")
+"""What ``partition=dirichlet`` spreads over the clients (``partition.over``)."""

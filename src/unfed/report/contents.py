@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unfed.data.ownership import Ownership
+
 KNOWN = ("base", "finetuned", "oracle")
 """Roles that a page compares with; there is one model of each at most."""
 
@@ -53,7 +55,7 @@ class Model:
 
     ``summary``: metric -> number; ``entries``: the evaluation file's metric -> entry (empty without one);
     ``losses``: (phase, mean training loss) of each round; ``facts``: method, aggregator, seed and the like;
-    ``suite``: of the evaluation.
+    ``suite``: of the evaluation; ``ownership``: whose rows it was trained on, where clients trained it.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Model:
     points: Sequence[Point] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     suite: str | None = None
+    ownership: Ownership | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from unfed.base.artifacts import atomic_path
+from unfed.data.ownership import Ownership
 from unfed.report import figures
 from unfed.report.contents import Model, Report
 from unfed.report.labels import (
@@ -26,6 +27,7 @@ from unfed.report.labels import (
     others,
     target,
 )
+from unfed.report.ownership import owns
 from unfed.report.verdict import cost_in_words, verdict, what_the_test_says
 
 
@@ -61,6 +63,7 @@ def write_page(path: Path, report: Report) -> None:
         columns=[m for m in report.models if m.role != "oracle" and m.summary],
         costs=[m for m in report.models if m.cost is not None],
         curves=curve_panels(report),
+        owners=owner_panels(report),
         said_role={m.name: m.role for m in report.models},
     )
     with atomic_path(path) as part:
@@ -160,6 +163,23 @@ def curve_panels(report: Report) -> list[Panel]:
             aim = oracle.summary.get(metric) if oracle else None
             png = figures.panel(figures.by_round(watched, metric, aim, paint), 2.5)
             found.append(Panel(png, f"{title} by round", f"Measured during training: {title} after each round."))
+    return found
+
+
+def owner_panels(report: Report) -> list[Panel]:
+    """Who owned which rows: a picture for each partition that there is among the runs. Oracles have that of the others
+    without the rows to forget, and none of their own."""
+    same: dict[str, tuple[Ownership, list[str]]] = {}
+    for m in report.models:
+        if m.ownership is not None and m.role != "oracle":
+            # The order of the groups is that in which a run met them, and says nothing.
+            columns = sorted(m.ownership.table.T.tolist())
+            same.setdefault(repr((list(m.ownership.counts), columns)), (m.ownership, []))[1].append(m.name)
+    found: list[Panel] = []
+    for owned, names in same.values():
+        draw, height = owns(owned)
+        words = f"{', '.join(names)}; {owned.heterogeneity.line()}."
+        found.append(Panel(figures.panel(draw, height), f"Rows by client and {owned.by}: {', '.join(names)}", words))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from unfed.base.artifacts import RUN_FILE, RUN_KEY, read_json
 from unfed.base.errors import ArtifactError, UnfedError, nearest
+from unfed.data.ownership import OWNERSHIP_FILE, Ownership
 from unfed.report.contents import Cost, Point
 from unfed.report.labels import LOG10_P
 
@@ -83,6 +84,11 @@ class Run:
             )
             for r in rows
         ]
+
+    def ownership(self) -> Ownership | None:
+        """Whose rows it was trained on; ``None`` for a run of one client, or of a time before this was kept."""
+        file = self.place / OWNERSHIP_FILE
+        return Ownership.read(file) if file.is_file() else None
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -272,6 +272,7 @@ def _model(item: Item, name: str) -> Model:
         points=run.points(),
         facts={k: v for k, v in facts.items() if v is not None},
         suite=scored.suite if scored else None,
+        ownership=item.training.ownership() if item.training else None,
     )
 
 
