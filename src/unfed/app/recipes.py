@@ -47,8 +47,9 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
     """The configuration that the recipe really runs, and the fine-tuning that it goes back to.
 
     A recipe that trains again (``Demands.replay``) takes over that run's model, seed, data, training settings,
-    partition and aggregator; output, evaluation and what is to be forgotten stay this run's own. Left out are the
-    forget rows, and what ``config`` leaves out already: what was forgotten before (:func:`unfed.app.requests.settle`).
+    partition, aggregator and privacy; output, evaluation and what is to be forgotten stay this run's own. Left out are
+    the forget rows, and what ``config`` leaves out already: what was forgotten before
+    (:func:`unfed.app.requests.settle`).
     """
     place = source_directory(config) if config.mode == "unlearn" else None
     if place is None:
@@ -86,6 +87,7 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             seed=made.seed,
             trainer=trainer,
             aggregator=made.aggregator,
+            privacy=made.privacy,
             collator=made.collator,
             partition=replace(made.partition, manifest=manifest),
             data=data,
