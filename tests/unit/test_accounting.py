@@ -19,10 +19,10 @@ def by(accountant, *events, delta=1e-5):
     return accountant.get_epsilon(delta)
 
 
-@pytest.mark.parametrize("z", [0.7, 1.0, 4.0])
+@pytest.mark.parametrize("z", [1.5, 4.0])
 def test_everyone_in_every_round(z):
-    found = spent([Release(z, 20)], 1e-5)
-    event = (dp_event.GaussianDpEvent(z), 20)
+    found = spent([Release(z, 5)], 1e-5)
+    event = (dp_event.GaussianDpEvent(z), 5)
     assert found.rdp == pytest.approx(by(rdp.RdpAccountant(), event), rel=1e-12)
     assert found.pld == pytest.approx(by(pld.PLDAccountant(), event), rel=1e-12)
     assert found.epsilon == found.pld < found.rdp and found.neighbours == "add_or_remove"
@@ -54,11 +54,11 @@ def test_a_replaced_unit_costs_what_half_the_noise_costs():
 
 
 def test_phases_compose():
-    phases = [Release(1.0, 3), Release(2.0, 5), Release(1.0, 10, "poisson", 1, 10)]
+    phases = [Release(4.0, 3), Release(8.0, 5), Release(4.0, 10, "poisson", 1, 10)]
     events = [
-        (dp_event.GaussianDpEvent(1.0), 3),
-        (dp_event.GaussianDpEvent(2.0), 5),
-        (dp_event.PoissonSampledDpEvent(0.1, dp_event.GaussianDpEvent(1.0)), 10),
+        (dp_event.GaussianDpEvent(4.0), 3),
+        (dp_event.GaussianDpEvent(8.0), 5),
+        (dp_event.PoissonSampledDpEvent(0.1, dp_event.GaussianDpEvent(4.0)), 10),
     ]
     found = spent(phases, 1e-6)
     assert found.rdp == pytest.approx(by(rdp.RdpAccountant(), *events, delta=1e-6), rel=1e-12)
