@@ -102,6 +102,18 @@ def test_unlearning_composes_with_the_fine_tuning(small_run, tmp_path):
     assert recorded(third)["kind"] is None and "this run was not" in recorded(third)["says"][0]
 
 
+def test_training_again_is_as_private_as_the_first_time_and_both_count(small_run, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    run(private(small_run, first, "central", clip=0.1, noise_multiplier=4.0, rounds=2, delta=1e-3))
+    begin = {"pretrained_model_name_or_path": str(first)}
+    made = small_run("unlearn", again, model_args=begin, recipe=RecipeConfig("retrain"))
+    run(made)
+    assert recorded(again)["epsilon_rdp"] == pytest.approx(spent([Release(4.0, 2)], 1e-3).rdp)
+    assert recorded(again)["with_earlier"]["epsilon_rdp"] == pytest.approx(spent([Release(4.0, 4)], 1e-3).rdp)
+    with pytest.raises(ConfigError, match="with privacy=central and its settings; leave privacy out"):
+        run(dataclasses.replace(made, privacy=PrivacyConfig("example", {})))
+
+
 CENTRAL, LOCAL, EXAMPLE = (PrivacyConfig(k, {}) for k in ("central", "local", "example"))
 
 

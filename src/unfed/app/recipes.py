@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from unfed.aggregation.adapters.fedit import FedIT
@@ -69,6 +70,7 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
         raise UnfedError(f"recipe={config.recipe.name}: {place} is not a fine-tuning that can be run again")
     if made.trainer.handler not in FEDERATED_TRAINERS:
         raise UnfedError(f"recipe={config.recipe.name}: {place} was trained in one place, without clients")
+    _refuse_other_privacy(config, made, place)
     own = {k: v for k, v in config.trainer.args.items() if k in OF_THIS_RUN}
     theirs = {k: v for k, v in made.trainer.args.items() if k not in OF_THIS_RUN}
     taken = {name: getattr(made.trainer.method_args, name) for name in FROM_THE_FINE_TUNING}
@@ -93,6 +95,16 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             data=data,
         ),
         source,
+    )
+
+
+def _refuse_other_privacy(config: RunConfig, made: RunConfig, place: Path) -> None:
+    if config.privacy is None or config.privacy == made.privacy or config.recipe is None:
+        return
+    theirs = f"privacy={made.privacy.name} and its settings" if made.privacy is not None else "no privacy"
+    key = f"privacy={config.privacy.name}"
+    raise ConfigError(
+        [f"{key}: recipe={config.recipe.name} trains as {place} was trained, with {theirs}; leave privacy out"]
     )
 
 
