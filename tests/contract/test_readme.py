@@ -29,9 +29,10 @@ PAIRS = {
     "docs/evaluation.md": "docs/evaluation.zh-CN.md",
     "docs/sweeps.md": "docs/sweeps.zh-CN.md",
     "docs/clients.md": "docs/clients.zh-CN.md",
+    "docs/privacy.md": "docs/privacy.zh-CN.md",
 }
 PAGES = [*PAIRS, *PAIRS.values()]
-RUN_HERE = ("docs/lora.md", "docs/unlearning.md", "docs/clients.md")
+RUN_HERE = ("docs/lora.md", "docs/unlearning.md", "docs/privacy.md", "docs/clients.md")
 """Pages whose commands are run from top to bottom in one directory, as a reader would."""
 PROMISED = (
     "python src/fed_train.py --config-name=train-lora.yaml experiment=finetune/tofu/default task_name=SAMPLE_TRAIN",

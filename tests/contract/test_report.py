@@ -19,7 +19,7 @@ from unfed.report.contents import Report
 from unfed.report.export import tex
 from unfed.report.figures import bars
 from unfed.report.labels import HEADLINE, LOG10_P, METRICS, number, others, target
-from unfed.report.page import curve_panels, picture_panels
+from unfed.report.page import curve_panels, picture_panels, write_page
 from unfed.report.read import read_run
 from unfed.report.roles import Given
 from unfed.report.verdict import cost_in_words, verdict
@@ -431,3 +431,29 @@ def test_compare_prints_and_writes(
     assert float(rows["NPO", LOG10_P]["median"]) == pytest.approx(-1.5)
     assert rows["NPO", LOG10_P]["seeds"] == "1 2"
     assert "-1.50 [-2.00, -1.00]" in (tmp_path / "o" / "compare.tex").read_text()
+
+
+def test_what_privacy_cost_stands_beside_the_utility(tmp_path: Path, by_hand: SimpleNamespace) -> None:
+    spent = {
+        "kind": "central", "unit": "client", "units": 30, "epsilon": 3.21, "epsilon_rdp": 3.456, "epsilon_pld": 3.21,
+        "delta": 1e-5, "clip_last": 0.25, "noise_multiplier": 4.0, "noise_std": 0.0333, "says": ["It says <this>."],
+    }  # fmt: skip
+    private = by_hand.write_run(tmp_path / "dp", "unlearn", by_hand.scores(0.3), privacy=spent)
+    told = {"kind": None, "says": ["What it takes from its rows is not covered."]}
+    after = by_hand.write_run(tmp_path / "after", "unlearn", by_hand.scores(0.3), privacy=told)
+    report = make_report([Given(private), Given(after)], "x")
+    write_page(tmp_path / "page.html", report)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    table = page[page.index("<h2>Privacy</h2>") :]
+    for said in (
+        "each of 30 clients",
+        "3.21\n(3.46, 3.21)",
+        "1e-05",
+        "0.25",
+        "0.0333",
+        "0.500",
+        "It says &lt;this&gt;.",
+    ):
+        assert said in table, said
+    assert "not covered" in table and table.count("<td>central</td>") == 1
+    assert (report.models[0].facts["epsilon"], report.models[0].facts["privacy"]) == (3.21, "central")

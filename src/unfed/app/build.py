@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unfed.aggregation.base import Aggregator
+from unfed.aggregation.privacy import privacy_problems
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE
@@ -14,6 +15,7 @@ from unfed.base.artifacts import digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, DataError, UnfedError
 from unfed.base.types import Example
 from unfed.config.checks import alternate_problems
+from unfed.config.checks_privacy import privacy_settings
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.data.datasets import load_rows
 from unfed.data.given import read_given
@@ -64,6 +66,8 @@ def refuse_unknown(config: RunConfig) -> None:
         problems += wrapper_problems(config.wrapper.name, config.wrapper.params)
     if config.aggregator is not None:
         problems += aggregator_problems(config.aggregator.name, config.aggregator.params)
+    if config.privacy is not None:
+        problems += privacy_problems(config.privacy.name, config.privacy.params) or list(privacy_settings(config))
     if problems:
         raise ConfigError(problems)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from unfed.aggregation.adapters.fedit import FedIT
@@ -47,8 +48,9 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
     """The configuration that the recipe really runs, and the fine-tuning that it goes back to.
 
     A recipe that trains again (``Demands.replay``) takes over that run's model, seed, data, training settings,
-    partition and aggregator; output, evaluation and what is to be forgotten stay this run's own. Left out are the
-    forget rows, and what ``config`` leaves out already: what was forgotten before (:func:`unfed.app.requests.settle`).
+    partition, aggregator and privacy; output, evaluation and what is to be forgotten stay this run's own. Left out are
+    the forget rows, and what ``config`` leaves out already: what was forgotten before
+    (:func:`unfed.app.requests.settle`).
     """
     place = source_directory(config) if config.mode == "unlearn" else None
     if place is None:
@@ -68,6 +70,7 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
         raise UnfedError(f"recipe={config.recipe.name}: {place} is not a fine-tuning that can be run again")
     if made.trainer.handler not in FEDERATED_TRAINERS:
         raise UnfedError(f"recipe={config.recipe.name}: {place} was trained in one place, without clients")
+    _refuse_other_privacy(config, made, place)
     own = {k: v for k, v in config.trainer.args.items() if k in OF_THIS_RUN}
     theirs = {k: v for k, v in made.trainer.args.items() if k not in OF_THIS_RUN}
     taken = {name: getattr(made.trainer.method_args, name) for name in FROM_THE_FINE_TUNING}
@@ -86,11 +89,22 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             seed=made.seed,
             trainer=trainer,
             aggregator=made.aggregator,
+            privacy=made.privacy,
             collator=made.collator,
             partition=replace(made.partition, manifest=manifest),
             data=data,
         ),
         source,
+    )
+
+
+def _refuse_other_privacy(config: RunConfig, made: RunConfig, place: Path) -> None:
+    if config.privacy is None or config.privacy == made.privacy or config.recipe is None:
+        return
+    theirs = f"privacy={made.privacy.name} and its settings" if made.privacy is not None else "no privacy"
+    key = f"privacy={config.privacy.name}"
+    raise ConfigError(
+        [f"{key}: recipe={config.recipe.name} trains as {place} was trained, with {theirs}; leave privacy out"]
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unfed.aggregation.base import Aggregator
-from unfed.app import build, encode, isolated, methods, ownership, recipes, requests, second
+from unfed.app import build, encode, isolated, methods, ownership, privacy, recipes, requests, second
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -164,6 +164,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         rule = build.server_rule(config, loaded)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         schedule = plan.schedule
+        rule, accountant = privacy.begin(config, schedule, clients, args, rule, source)
         local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
         for note in filter(None, (local.optim_note, f"partition: {where}")):
             say(note)
@@ -172,6 +173,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         start = plan.start or ServerState(0, opened)
         trained = isolated.limited(plan, situation, clients, start.adapter)
         client = Client(local, trained, opened, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
+        client.privacy = privacy.privacy_of(config)
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened)}
         identity = {**training_identity(config), "inputs": inputs}
@@ -190,6 +192,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         seen = requests.seen_after(config, rows, loaded.adapter_path, source)
         loaded, local, adapter = _served(work, state)
         _save(directory, loaded, local, adapter, clients, seen)
+        directory.note(privacy=privacy.end(config, accountant, keeper.records, state, source))
         directory.note(rounds=keeper.records, warnings=warnings, adapter=adapter.digest())
         result = _evaluate_after(config, loaded, directory)
         say(f"saved: {directory.path}")

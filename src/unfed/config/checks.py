@@ -11,11 +11,13 @@ from pathlib import Path
 from unfed.base.errors import nearest
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
+from unfed.config.checks_privacy import privacy_settings
 from unfed.config.checks_recipe import recipe_settings
 from unfed.config.schema import (
     AGGREGATORS,
     FEDERATED_TRAINERS,
     METHODS,
+    PRIVACY,
     RECIPES,
     WRAPPERS,
     DatasetConfig,
@@ -42,6 +44,7 @@ NAMED: Mapping[str, tuple[str, Sequence[str], str]] = {
     "wrapper": ("wrapper", WRAPPERS, "unfed.objectives.wrappers:wrapper_problems"),
     "aggregator": ("aggregation strategy", AGGREGATORS, "unfed.aggregation.registry:aggregator_problems"),
     "recipe": ("recipe", RECIPES, "unfed.unlearning.registry:recipe_problems"),
+    "privacy": ("kind of privacy", PRIVACY, "unfed.aggregation.privacy:privacy_problems"),
 }
 """Groups with a name and hyperparameters: what they are called, the names, and what checks the hyperparameters."""
 
@@ -275,6 +278,7 @@ CHECKS = (
     _trainer,
     _wrapper,
     recipe_settings,
+    privacy_settings,
     _federation,
     _lora,
     _data,

@@ -128,7 +128,7 @@ def _arranged(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     arranged = {name: value for name, value in raw.items() if value is not None}
     if isinstance(arranged.get("task_name"), int | float):
         arranged["task_name"] = str(arranged["task_name"])  # task_name=1 is read as a number
-    for group in ("method", "wrapper", "aggregator", "recipe"):
+    for group in ("method", "wrapper", "aggregator", "recipe", "privacy"):
         given = arranged.get(group)
         if isinstance(given, Mapping):
             if "name" not in given:

@@ -31,6 +31,7 @@ RECIPES = (
     "not_lora",
 )
 WRAPPERS = ("SAM", "GRU", "EWC")
+PRIVACY = ("central", "local", "example")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 
@@ -104,6 +105,14 @@ class AggregatorConfig:
 @dataclass(frozen=True)
 class RecipeConfig:
     """A way of forgetting across clients by name, and its hyperparameters (checked against the recipe's own fields)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """A kind of differential privacy by name, and its settings (checked against the kind's own fields)."""
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -218,6 +227,7 @@ class RunConfig:
     wrapper: WrapperConfig | None = None
     aggregator: AggregatorConfig | None = None
     recipe: RecipeConfig | None = None
+    privacy: PrivacyConfig | None = None
     history: HistoryConfig = HistoryConfig()
     forget: ForgetConfig = ForgetConfig()
     engine: EngineConfig = EngineConfig()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from unfed.aggregation.adapters.ranks import padded
+from unfed.aggregation.gaussian import clipped, plus_noise
+from unfed.aggregation.privacy import ExamplePrivacy, LocalPrivacy, Privacy
 from unfed.base.errors import UnfedError
 from unfed.base.seeding import torch_generator
 from unfed.base.types import AdapterState, Broadcast, ClientUpdate, Split
@@ -44,6 +46,7 @@ class Client:
     teacher, held once for all clients (``None``: the first adapter that a task needs one for).
     ``lr_per_phase``: the learning-rate schedule spans a phase's rounds; else it starts anew in each. ``curves`` keeps
     the loss of every step by phase, one tuple for each fit. ``store``: what clients keep for themselves between rounds.
+    ``privacy``: what a client does for it, DP-SGD or noise on what it sends; the rest is the server's.
     """
 
     local: Local
@@ -53,6 +56,7 @@ class Client:
     on_step: Callable[[FitTask, str, StepEvent], None] | None = None
     curves: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     store: ClientStore = field(default_factory=ClientStore)
+    privacy: Privacy | None = None
     _reference: Reference | None = None
     _fisher: tuple[str, Fisher] | None = None
     _locals: dict[str, Local] = field(default_factory=dict)
@@ -72,8 +76,19 @@ class Client:
             after = AdapterState({n: t[tuple(slice(k) for k in sent[n].shape)] for n, t in after.items() if n in sent})
         elif len(sent) < len(after):
             after = AdapterState({n: after[n] for n in sent})
+        if isinstance(self.privacy, LocalPrivacy):
+            after = self._noised(self.privacy, sent, after, ("local", task.round, client_id))
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
         return ClientUpdate(client_id, after, result.num_examples, _finite(metrics))
+
+    def _noised(
+        self, settings: LocalPrivacy, sent: AdapterState, after: AdapterState, purpose: tuple[str | int, ...]
+    ) -> AdapterState:
+        """What leaves the client: its change clipped, and noise on every value of it."""
+        short, _ = clipped(sent, after, settings.clip)
+        return plus_noise(
+            short, settings.noise_multiplier * settings.clip, settings.generator(self.local.seed, *purpose)
+        )
 
     def _begin(self, task: FitTask, broadcast: Broadcast, client_id: str) -> AdapterState:
         """What the client starts from, in the model's shapes."""
@@ -87,6 +102,7 @@ class Client:
         needs = work.objective.needs
         rows.require(work.rows, needs.splits, client_id)
         local = self._local(work)
+        private = self.privacy if isinstance(self.privacy, ExamplePrivacy) else None
         plan = BatchPlan(
             rows=rows,
             driver=work.rows,
@@ -95,6 +111,7 @@ class Client:
             accumulation=local.args.gradient_accumulation_steps,
             seed_path=("fit", task.phase.name if work.spread else task.round, client_id),
             workers=local.args.dataloader_num_workers,
+            sample=None if private is None else "secret" if private.secure_noise else "poisson",
         )
         on_step, whole = self.on_step, Share(task.phase_round, task.phase.rounds)
         constraint = None if work.constraint is None else work.constraint.bind(self.local.model)
@@ -106,6 +123,7 @@ class Client:
             None if on_step is None else lambda event: on_step(task, client_id, event),
             whole if work.spread else Share(),
             constraint,
+            private,
         )
         result = local.train(local_task, self._beside(work.objective, plan, begin, broadcast.residual))
         self.curves.setdefault(task.phase.name, []).append(result.curve)

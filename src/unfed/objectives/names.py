@@ -31,3 +31,5 @@ WITH_ALTERNATES = ("DPO", "AltPO", "IdkNLL", "FLAT")
 """Methods that train on another answer to each forget question: a refusal, or what ``data.alternate`` holds."""
 GENERATED_ALTERNATES = ("AltPO",)
 """Those of them that refusals do not serve."""
+BY_EXAMPLE = ("GradAscent", "GradDiff", "NPO", "SimNPO", "WGA", "SatImp")
+"""Methods whose loss, without a retain term, is a sum over examples, each by itself: what DP-SGD can clip."""

@@ -55,7 +55,8 @@ class Model:
 
     ``summary``: metric -> number; ``entries``: the evaluation file's metric -> entry (empty without one);
     ``losses``: (phase, mean training loss) of each round; ``facts``: method, aggregator, seed and the like;
-    ``suite``: of the evaluation; ``ownership``: whose rows it was trained on, where clients trained it.
+    ``privacy``: what run.json says of it (empty: nothing). ``suite``: of the evaluation. ``ownership``: whose rows it
+    was trained on, where clients trained it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Model:
     losses: Sequence[tuple[str, float]] = ()
     points: Sequence[Point] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
     suite: str | None = None
     ownership: Ownership | None = None
 

@@ -37,7 +37,8 @@ SAME_THING = frozenset(
 """Settings that repeat what another one says."""
 
 FIRST = (
-    "mode", "method.name", "recipe.name", "wrapper.name", "aggregator.name", "method.params", "recipe.params",
+    "mode", "method.name", "recipe.name", "wrapper.name", "aggregator.name", "privacy.name", "method.params",
+    "recipe.params", "privacy.params",
     "model.model_args.lora_config", "trainer.method_args", "trainer.args", "aggregator.params", "partition", "data",
 )  # fmt: skip
 """Which settings name a group before others do."""
@@ -45,7 +46,7 @@ FIRST = (
 NAMED = 5
 """At most so many settings in a name; one more is written out, further ones are counted."""
 
-PLAIN = frozenset({"method.name", "recipe.name", "wrapper.name", "aggregator.name", "mode"})
+PLAIN = frozenset({"method.name", "recipe.name", "wrapper.name", "aggregator.name", "privacy.name", "mode"})
 """Settings whose value says it all."""
 
 COST = ("seconds", "megabytes")

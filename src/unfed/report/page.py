@@ -62,6 +62,7 @@ def write_page(path: Path, report: Report) -> None:
         target=lambda metric: target(metric, oracle.summary if (oracle := report.of_role("oracle")) else None),
         columns=[m for m in report.models if m.role != "oracle" and m.summary],
         costs=[m for m in report.models if m.cost is not None],
+        private=[m for m in report.models if m.privacy],
         curves=curve_panels(report),
         owners=owner_panels(report),
         said_role={m.name: m.role for m in report.models},

@@ -258,6 +258,9 @@ def _model(item: Item, name: str) -> Model:
         "method": mapping(run.config.get("method")).get("name"),
         "aggregator": mapping(run.config.get("aggregator")).get("name"),
         "lora_r": lora.get("r"),
+        "privacy": (spent := mapping(run.record.get("privacy"))).get("kind"),
+        "epsilon": spent.get("epsilon"),
+        "delta": spent.get("delta"),
         "seed": run.record.get("seed"),
         "device": mapping(run.record.get("versions")).get("device"),
     }
@@ -271,6 +274,7 @@ def _model(item: Item, name: str) -> Model:
         losses=[p for p in run.losses() if p[1] == p[1]],
         points=run.points(),
         facts={k: v for k, v in facts.items() if v is not None},
+        privacy=spent,
         suite=scored.suite if scored else None,
         ownership=item.training.ownership() if item.training else None,
     )

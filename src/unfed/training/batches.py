@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -94,6 +96,18 @@ def plan_epoch(rows: TrainRows, driver: Split, needs: frozenset[Split], size: in
     return list(steps)
 
 
+def poisson_epoch(rows: TrainRows, driver: Split, size: int, g: torch.Generator) -> list[Indices]:
+    """As many steps as :func:`plan_epoch` has, each with a Poisson sample of the rows: every row is in it with
+    probability ``size / rows`` (at most 1), on its own. A step may be empty, a row in several steps or in none."""
+    lengths = [len(e) for e in rows.splits[driver]]
+    rate = min(1.0, size / len(lengths))
+    steps: list[Indices] = []
+    for _ in range(steps_per_epoch(rows, driver, size)):
+        chosen = (torch.rand(len(lengths), generator=g, dtype=torch.float64) < rate).nonzero().flatten().tolist()
+        steps.append({driver: sorted(chosen, key=lambda i: lengths[i])})
+    return steps
+
+
 def steps_per_epoch(rows: TrainRows, driver: Split, size: int) -> int:
     """Optimizer steps of one epoch."""
     return math.ceil(len(rows.splits[driver]) / size)
@@ -138,7 +152,11 @@ def totals_of(micro: Sequence[Mapping[Split, Batch]]) -> StepTotals:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """All that decides a client's batches in one round."""
+    """All that decides a client's batches in one round.
+
+    ``sample``: ``poisson`` draws every step's rows on their own from (seed, path, epoch), ``secret`` from the operating
+    system's entropy; ``None`` goes through all rows once an epoch.
+    """
 
     rows: TrainRows
     driver: Split
@@ -147,11 +165,17 @@ class BatchPlan:
     accumulation: int
     seed_path: tuple[str | int, ...]
     workers: int = 0
+    sample: Literal["poisson", "secret"] | None = None
 
     def epoch(self, seed: int, number: int, collation: Collation, skip: int = 0) -> Iterator[Step]:
         """The steps of one epoch but the first ``skip``, in an order that depends on (seed, path, number) alone."""
         g = torch_generator(seed, *self.seed_path, "order", number)
-        plan = plan_epoch(self.rows, self.driver, self.needs, self.batch_size * self.accumulation, g)
+        if self.sample == "secret":
+            g.manual_seed(secrets.randbits(63))
+        if self.sample is None:
+            plan = plan_epoch(self.rows, self.driver, self.needs, self.batch_size * self.accumulation, g)
+        else:
+            plan = poisson_epoch(self.rows, self.driver, self.batch_size * self.accumulation, g)
         steps = _Steps(self.rows, plan[skip:], self.batch_size, collation)
         if self.workers == 0:
             for i in range(len(steps)):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer import Trainer
 
+from unfed.aggregation.privacy import ExamplePrivacy
 from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.seeding import derive_seed
 from unfed.base.types import Batch, LossTerms, Split
@@ -33,6 +34,7 @@ from unfed.training.context import Companions, ModelContext
 from unfed.training.extent import Extent, Share
 from unfed.training.gradients import GradientRule, Micro, Passes, gradient_rule
 from unfed.training.precision import check_fp16, enable_checkpointing, make_accelerator
+from unfed.training.private import ExampleContext, PrivateGradients, factors
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class LocalTask:
 
     ``window``: this call's share of the learning-rate schedule. ``part``: its share of one run over the rows;
     ``epochs`` are those of this call, all parts together take ``epochs * part.count``. ``after_step``: see
-    :class:`Constraint`.
+    :class:`Constraint`. ``privacy``: DP-SGD; ``args.max_grad_norm`` has no part in it, for every example is clipped.
     """
 
     plan: BatchPlan
@@ -70,6 +72,7 @@ class LocalTask:
     on_step: Callable[[StepEvent], None] | None = None
     part: Share = field(default_factory=Share)
     after_step: Callable[[], bool] | None = None
+    privacy: ExamplePrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Local:
         if self.accelerator.scaler is not None:
             # What one client's overflow taught it must not reach the next client; a resumed run would not know it.
             self.accelerator.scaler.load_state_dict(self._fresh_scaler)
-        rule = gradient_rule(task.objective, first, per_epoch)
+        rule = self._rule(task, first, per_epoch)
         log = _LossLog(self.args.logging_steps, total, task.on_step)
         try:
             for number, step in enumerate(self._steps(task.plan, first, total)):
@@ -163,6 +166,12 @@ class Local:
             self._release()
         return log.result(len(task.plan.rows.splits[task.plan.driver]))
 
+    def _rule(self, task: LocalTask, first: int, per_epoch: int) -> GradientRule:
+        if task.privacy is None:
+            return gradient_rule(task.objective, first, per_epoch)
+        expected = min(self.args.step_size(), len(task.plan.rows.splits[task.plan.driver]))
+        return PrivateGradients(task.privacy, factors(self.model), expected, self.seed, task.plan.seed_path, done=first)
+
     def _steps(self, plan: BatchPlan, first: int, total: int) -> Iterator[Step]:
         epoch, skip = divmod(first, steps_per_epoch(plan.rows, plan.driver, self.args.step_size()))
         done = 0
@@ -177,16 +186,18 @@ class Local:
     def _step(
         self, step: Step, rule: GradientRule, task: LocalTask, beside: Companions, optimizer: Any, *, check: bool
     ) -> dict[str, Tensor]:
+        context = ModelContext if task.privacy is None else ExampleContext
+
         def forward(objective: Objective, micro: Micro) -> LossTerms:
             batches: dict[Split, Batch] = {split: b.to(self.device) for split, b in micro.items()}
             with self.accelerator.autocast():
-                return objective(ModelContext(self.model, batches, step.totals, task.plan.driver, beside))
+                return objective(context(self.model, batches, step.totals, task.plan.driver, beside))
 
         passes = Passes(step.micro, forward, self.accelerator.backward, list(self._trained.values()))
         sums = rule(task.objective, passes)
         if check:
             _check_gradients(self._trained)
-        if self.args.max_grad_norm > 0:
+        if self.args.max_grad_norm > 0 and task.privacy is None:
             self._clip(optimizer)
         return sums
 
@@ -253,15 +264,17 @@ class _LossLog:
         self._sums.append(sums)
         done = len(self._sums)
         if self._on_step is not None and (done % self._every == 0 or done == self._total):
-            recent = torch.stack([s["loss"].float() for s in self._sums[self._told :]]).mean()
+            recent = [s["loss"].float() for s in self._sums[self._told :] if "loss" in s]
             self._told = done
-            self._on_step(StepEvent(done, self._total, float(recent), lr))
+            if recent:  # a Poisson sample may be empty
+                self._on_step(StepEvent(done, self._total, float(torch.stack(recent).mean()), lr))
 
     def result(self, num_examples: int) -> TrainResult:
-        curve = torch.stack([s["loss"].float() for s in self._sums]).tolist()
+        losses = [s["loss"].float() for s in self._sums if "loss" in s]
+        curve = torch.stack(losses).tolist() if losses else [math.nan]
         names = {n for s in self._sums for n in s} - {"loss"}
         parts = {n: float(torch.stack([s[n].float() for s in self._sums if n in s]).mean()) for n in sorted(names)}
-        return TrainResult(len(curve), num_examples, sum(curve) / len(curve), parts, tuple(curve))
+        return TrainResult(len(self._sums), num_examples, sum(curve) / len(curve), parts, tuple(curve))
 
 
 def mean_nll(local: Local, examples: Sequence[EncodedExample]) -> float:
