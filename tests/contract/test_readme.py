@@ -29,6 +29,7 @@ PAIRS = {
     "docs/evaluation.md": "docs/evaluation.zh-CN.md",
     "docs/sweeps.md": "docs/sweeps.zh-CN.md",
     "docs/clients.md": "docs/clients.zh-CN.md",
+    "docs/robust.md": "docs/robust.zh-CN.md",
 }
 PAGES = [*PAIRS, *PAIRS.values()]
 RUN_HERE = ("docs/lora.md", "docs/unlearning.md", "docs/clients.md")

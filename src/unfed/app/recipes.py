@@ -86,6 +86,8 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             seed=made.seed,
             trainer=trainer,
             aggregator=made.aggregator,
+            robust=made.robust,
+            hostile=made.hostile,
             collator=made.collator,
             partition=replace(made.partition, manifest=manifest),
             data=data,

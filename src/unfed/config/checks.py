@@ -12,11 +12,13 @@ from unfed.base.errors import nearest
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_recipe import recipe_settings
+from unfed.config.checks_robust import hostile_settings, robust_settings
 from unfed.config.schema import (
     AGGREGATORS,
     FEDERATED_TRAINERS,
     METHODS,
     RECIPES,
+    ROBUST,
     WRAPPERS,
     DatasetConfig,
     MethodArgs,
@@ -42,6 +44,7 @@ NAMED: Mapping[str, tuple[str, Sequence[str], str]] = {
     "wrapper": ("wrapper", WRAPPERS, "unfed.objectives.wrappers:wrapper_problems"),
     "aggregator": ("aggregation strategy", AGGREGATORS, "unfed.aggregation.registry:aggregator_problems"),
     "recipe": ("recipe", RECIPES, "unfed.unlearning.registry:recipe_problems"),
+    "robust": ("robust rule", ROBUST, "unfed.aggregation.robust_registry:robust_problems"),
 }
 """Groups with a name and hyperparameters: what they are called, the names, and what checks the hyperparameters."""
 
@@ -276,6 +279,8 @@ CHECKS = (
     _wrapper,
     recipe_settings,
     _federation,
+    robust_settings,
+    hostile_settings,
     _lora,
     _data,
     alternate_problems,
