@@ -8,11 +8,13 @@ import yaml
 from pydantic import TypeAdapter
 
 from unfed.aggregation.registry import AGGREGATORS
+from unfed.aggregation.robust_registry import ROBUST_RULES, SCREENING
 from unfed.base.errors import ConfigError
 from unfed.base.params import hyperparameters
 from unfed.config import schema
 from unfed.config.compat import resolve
 from unfed.config.load import config_dir
+from unfed.federated.hostile import ATTACKS
 from unfed.objectives.registry import OBJECTIVES, UNLEARNING_METHODS
 from unfed.objectives.wrappers import WRAPPERS
 from unfed.unlearning.registry import RECIPES
@@ -95,6 +97,21 @@ def test_a_method_file_gives_the_methods_own_defaults(name):
     own = hyperparameters(OBJECTIVES[name])
     assert given.pop("name") == name
     assert given == {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if k != "parity"}
+
+
+@pytest.mark.parametrize("name", sorted(ROBUST_RULES))
+def test_a_robust_file_gives_the_rules_own_defaults(name):
+    given = read(f"robust/{name}.yaml")
+    assert given.pop("name") == name
+    assert {given.pop("max_norm_ratio"), given.pop("root", None)} == {None}
+    assert given == hyperparameters(ROBUST_RULES[name])
+
+
+def test_the_robust_and_the_hostile_files_are_all_that_there_is():
+    assert choices("robust") == {*ROBUST_RULES, SCREENING, "none"}
+    assert set(schema.ROBUST) == {*ROBUST_RULES, SCREENING}
+    assert choices("hostile") == {*ATTACKS, "label_flip"}
+    assert all(read(f"hostile/{name}.yaml")["name"] == name for name in choices("hostile"))
 
 
 @pytest.mark.parametrize("name", sorted(WRAPPERS))

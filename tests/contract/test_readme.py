@@ -30,6 +30,7 @@ PAIRS = {
     "docs/sweeps.md": "docs/sweeps.zh-CN.md",
     "docs/clients.md": "docs/clients.zh-CN.md",
     "docs/privacy.md": "docs/privacy.zh-CN.md",
+    "docs/robust.md": "docs/robust.zh-CN.md",
 }
 PAGES = [*PAIRS, *PAIRS.values()]
 RUN_HERE = ("docs/lora.md", "docs/unlearning.md", "docs/privacy.md", "docs/clients.md")

@@ -11,7 +11,7 @@ from unfed.base.errors import ConfigError
 from unfed.config.compat import resolve
 from unfed.config.load import config_dir, examine, from_hydra
 from unfed.config.preflight import preflight
-from unfed.config.schema import MethodConfig, RunConfig, WrapperConfig
+from unfed.config.schema import HostileConfig, MethodConfig, RobustConfig, RunConfig, WrapperConfig
 
 
 @pytest.fixture(scope="module")
@@ -392,3 +392,62 @@ def test_topics_may_be_what_is_dealt_beside_the_target():
     given = ["partition.rest=dirichlet", "partition.over=topic", "partition.topics=9"]
     config = resolve([*DEALT, "experiment=finetune/tofu/default", *given], "train-lora.yaml")
     assert (config.partition.scheme, config.partition.rest, config.partition.topics) == ("target", "dirichlet", 9)
+
+
+FEDERATED = ["experiment=finetune/quickstart", "task_name=t", "model=tiny-lora", "trainer.method_args.num_clients=5"]
+
+
+def test_robust_rules_and_hostile_clients_are_groups():
+    config = resolve([*FEDERATED, "robust=krum", "robust.max_norm_ratio=8", "hostile=scale"], "train-lora.yaml")
+    assert config.robust == RobustConfig("krum", {"over": "effective", "num_byzantine": 1}, 8.0)
+    assert config.hostile == HostileConfig("scale", factor=10.0)
+    given = [*FEDERATED, "robust=fltrust", "robust.root=8", "hostile=sign_flip", "hostile.clients=[1,client_2]"]
+    config = resolve(given, "train-lora.yaml")
+    assert config.robust == RobustConfig("fltrust", {"over": "effective"}, None, 8)
+    assert config.hostile is not None and config.hostile.clients == (1, "client_2")
+    plain = resolve(FEDERATED, "train-lora.yaml")
+    assert plain.robust is None and plain.hostile is None
+    assert resolve([*FEDERATED, "robust=none"], "train-lora.yaml").robust == RobustConfig("screening")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["robust=krumm"], "robust=krumm: no such robust; did you mean 'krum'"),
+        (
+            ["robust=krum", "robust.num_byzantin=1"],
+            "robust.num_byzantin: Krum has no such hyperparameter; did you mean",
+        ),
+        (["robust=krum", "robust.num_byzantine=2"], "robust=krum: with num_byzantine=2 it needs 2 * 2 + 3 = 7 updates"),
+        (["robust=multi_krum", "robust.m=5"], "m=5 is more than the 5 - 1 = 4 updates"),
+        (["robust=trimmed_mean", "robust.trim=0.1"], "trim=0.1 of 5 updates leaves none out; take at least 0.2"),
+        (["robust=median", "trainer.method_args.fraction_fit=0.4"], "the median of 2 updates leaves nobody out"),
+        (["robust=median", "robust.over=entries"], "robust.over: unknown value 'entries'"),
+        (["robust=screening", "robust.max_norm_ratio=1"], "robust.max_norm_ratio=1: must be above 1, or null"),
+        (["robust=screening", "robust.trim=0.2"], "robust.trim: robust=screening has no rule"),
+        (["robust.trim=0.2"], "robust: trim given, but no robust is chosen; give robust=NAME"),
+        (["robust=fltrust"], "robust.root: the server needs rows of its own"),
+        (["robust=fltrust", "robust.root=0"], "robust.root=0: must be at least 1, or a file"),
+        (["robust=median", "robust.root=3"], "robust.root=3: belongs to robust=fltrust"),
+        (["robust=fltrust", "robust.root=3", "recipe=isolated"], "shards are to see no rows but their own"),
+        (["robust=median", "history=sums"], "history=sums: robust=median does not just add up"),
+        (["robust=median", "trainer=finetune", "aggregator=null"], "robust=median: there are no clients"),
+        (["hostile=signflip"], "hostile=signflip: no such hostile; did you mean 'sign_flip'"),
+        (["hostile=scale", "hostile.count=5"], "hostile: 5 of 5 clients; one at least is honest"),
+        (["hostile=scale", "hostile.count=0"], "hostile.count=0: must be at least 1"),
+        (["hostile=scale", "hostile.factor=-1"], "hostile.factor=-1: must be above 0"),
+        (["hostile=label_flip", "hostile.factor=2"], "hostile=label_flip changes rows, and scales nothing"),
+        (["hostile=scale", "hostile.fator=2"], "hostile.fator: no such setting; did you mean 'factor'"),
+        (["hostile=scale", "trainer=finetune", "aggregator=null"], "hostile=scale: there are no clients"),
+    ],
+)
+def test_what_does_not_go_with_a_robust_rule_or_a_hostile_client(argv, said):
+    with pytest.raises(ConfigError) as e:
+        resolve([*FEDERATED, *argv], "train-lora.yaml")
+    assert any(said in problem for problem in e.value.problems), e.value.problems
+
+
+@pytest.mark.parametrize("recipe", ["federaser", "fedosd", "task_arithmetic"])
+def test_a_recipe_with_a_rule_of_its_own_takes_no_robust_one(recipe):
+    with pytest.raises(ConfigError, match=f"robust=median: recipe={recipe} has a server rule of its own"):
+        resolve([*WRAPPED, f"recipe={recipe}", "robust=median"], "unlearn-lora.yaml")

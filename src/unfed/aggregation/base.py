@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from unfed.aggregation.adapters.base import AdapterRule
 from unfed.aggregation.adapters.fedit import FedIT
 from unfed.base.errors import AdapterError
 from unfed.base.params import Hyperparameters, choice
-from unfed.base.types import AdapterState, Broadcast, ClientUpdate, Combined, OptState, ServerState
+from unfed.base.types import SERVER, AdapterState, Broadcast, ClientUpdate, Combined, OptState, ServerState
 
 Weighting = Literal["examples", "uniform"]
 
@@ -38,9 +38,19 @@ class Filtering(Protocol):
         """After the last update: what the filter will want to know next round, under names with a dot."""
         ...
 
+    def notes(self) -> Mapping[str, float]:
+        """After the last update: what it did, by client or by quantity, for the round's record."""
+        ...
+
 
 class UpdateFilter(Protocol):
-    """What stands between screening and the mean: a robust rule, or clipping."""
+    """What stands between screening and the mean: a robust rule, or clipping.
+
+    ``compares``: it judges clients by each other, and is left out of a round in which what they did is adopted as it
+    is.
+    """
+
+    compares: ClassVar[bool]
 
     @property
     def name(self) -> str:
@@ -112,6 +122,10 @@ class Aggregator(Protocol):
         """The next optimizer state and global adapter, from the present ones and the round's average."""
         ...
 
+    def adopting(self) -> Aggregator:
+        """The rule for a round in which what clients did is adopted: nothing compares them with each other."""
+        ...
+
     def advance(self, state: ServerState, combined: Combined, *, adopt: bool = False) -> ServerState:
         """The state after the round; ``adopt``: what was combined is taken as it is, past the optimizer."""
         ...
@@ -178,6 +192,7 @@ class WeightedMean(Hyperparameters):
             merged.error_is_estimate,
             merged.residual,
             {name: slot for filtering in filterings for name, slot in filtering.slots().items()},
+            {f.name: dict(x.notes()) for f, x in zip(self.filters, filterings, strict=True)},
         )
         if self.noise is None:
             return combined
@@ -188,8 +203,13 @@ class WeightedMean(Hyperparameters):
         for update in updates:
             if update.num_examples <= 0:
                 raise AdapterError(f"{update.client_id}: an update over {update.num_examples} examples has no weight")
-            counted.append(replace(update, adapter=AdapterState({})))  # who and how many: not the tensors
+            if update.client_id != SERVER:
+                counted.append(replace(update, adapter=AdapterState({})))  # who and how many: not the tensors
             yield Weighted(update, self.weight(update.num_examples))
+
+    def adopting(self) -> WeightedMean:
+        """See :meth:`Aggregator.adopting`."""
+        return replace(self, filters=tuple(f for f in self.filters if not f.compares))
 
     def advance(self, state: ServerState, combined: Combined, *, adopt: bool = False) -> ServerState:
         """See :meth:`Aggregator.advance`. Tensors that are held fixed this round keep their optimizer slots, too."""

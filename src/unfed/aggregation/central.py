@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,7 @@ class Clipping:
     """Clips every update and gives all the same weight; with ``adaptive`` it also settles the next round's bound."""
 
     central: Central
+    compares: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -79,6 +81,10 @@ class _Round:
         source = settings.generator(self._central.seed, "bits", round_)
         share = settings.noisy_share(self._bits, self._count, self._central.expected[round_], source)
         return _slot(settings.next_clip(self._bound, share))
+
+    def notes(self) -> Mapping[str, float]:
+        """The bound, which is no secret; how many updates were within it is one."""
+        return {"clip": self._bound}
 
 
 def _slot(bound: float) -> OptState:

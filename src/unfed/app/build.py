@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.privacy import privacy_problems
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
+from unfed.aggregation.robust_registry import SCREENING, build_robust, robust_problems
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE
 from unfed.base.artifacts import digest_json, read_json
@@ -20,7 +21,9 @@ from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.data.datasets import load_rows
 from unfed.data.given import read_given
 from unfed.data.partition import Partition, PartitionSpec, make_partition
+from unfed.federated.client import ClientData
 from unfed.federated.schedule import Participation
+from unfed.federated.screening import ScreeningSettings
 from unfed.models.adapter import lora_scaling
 from unfed.models.load import LoadedModel
 from unfed.objectives.registry import objective_problems
@@ -33,11 +36,12 @@ DEFAULT_CLIENTS = 3
 @dataclass(frozen=True)
 class Rows:
     """The rows of a run. Fine-tuning has ``train`` (and ``forget``, to know who is to own it); unlearning has
-    ``forget`` and ``retain``."""
+    ``forget`` and ``retain``. ``server`` are the server's own, which no client has."""
 
     train: tuple[Example, ...] = ()
     forget: tuple[Example, ...] = ()
     retain: tuple[Example, ...] = ()
+    server: tuple[Example, ...] = ()
 
     def every(self) -> list[Example]:
         """All rows that a partition deals, each once."""
@@ -53,6 +57,7 @@ class Rows:
     def digest(self) -> str:
         """Digest of every split's ids (which are digests of the texts) in order."""
         splits = {"train": self.train, "forget": self.forget, "retain": self.retain}
+        splits |= {"server": self.server} if self.server else {}
         return digest_json({name: [e["id"] for e in rows] for name, rows in splits.items()})
 
 
@@ -64,6 +69,8 @@ def refuse_unknown(config: RunConfig) -> None:
         problems += objective_problems(config.method.name, config.method.params)
     if config.wrapper is not None:
         problems += wrapper_problems(config.wrapper.name, config.wrapper.params)
+    if config.robust is not None:
+        problems += robust_problems(config.robust.name, config.robust.params)
     if config.aggregator is not None:
         problems += aggregator_problems(config.aggregator.name, config.aggregator.params)
     if config.privacy is not None:
@@ -232,10 +239,22 @@ def server_rule(config: RunConfig, loaded: LoadedModel) -> Aggregator:
     """The aggregation rule, told the adapter's scaling."""
     if config.aggregator is None:
         return build_aggregator("FedAvg", {})
-    scaling = lora_scaling(loaded.model)
-    return build_aggregator(
-        config.aggregator.name, config.aggregator.params, lora_scaling=scaling or 1.0, probe_seed=config.seed
+    scaling = lora_scaling(loaded.model) or 1.0
+    rule = build_aggregator(
+        config.aggregator.name, config.aggregator.params, lora_scaling=scaling, probe_seed=config.seed
     )
+    given = config.robust
+    if given is None or given.name == SCREENING:
+        return rule
+    robust = build_robust(given.name, given.params, scaling=scaling, seed=config.seed)
+    return replace(rule, filters=(*rule.filters, robust))
+
+
+def screening(config: RunConfig, loaded: LoadedModel, clients: Mapping[str, ClientData]) -> ScreeningSettings:
+    """What an update is held to; ``clients`` are those of the partition."""
+    ratio = config.robust.max_norm_ratio if config.robust is not None else None
+    owned = {c: max(map(len, d.splits.values()), default=0) for c, d in clients.items()}
+    return ScreeningSettings(ratio, lora_scaling(loaded.model) or 1.0, owned)
 
 
 def participation(config: RunConfig) -> Participation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from unfed.app.build import Rows
 from unfed.base.types import Example, Split
@@ -30,21 +31,22 @@ def alternates_of(config: RunConfig, rows: Rows) -> list[list[Example]]:
     return [alternate_answers(rows.forget, config.seed, load_refusals(config.data.idk))]
 
 
+def encoded(config: RunConfig, loaded: LoadedModel, split: str, examples: Sequence[Example]) -> Encoded:
+    """Rows as ``data.<split>`` has them encoded."""
+    spec: DatasetConfig | None = getattr(config.data, split)
+    found: Encoded = {}
+    if examples and spec is not None and spec.question_key is None:
+        made = encode_texts(loaded.tokenizer, examples, spec.max_length)
+    else:
+        made = encode_rows(loaded.tokenizer, config.model.template_args, examples, spec.max_length if spec else None)
+    for e in made:
+        found.setdefault(e.example_id, []).append(e)
+    return found
+
+
 def encode_clients(config: RunConfig, loaded: LoadedModel, rows: Rows, partition: Partition) -> dict[str, ClientData]:
     """Tokenise every row once and hand each client its own."""
-    template = config.model.template_args
-
-    def encode(split: str, examples: Sequence[Example]) -> Encoded:
-        spec: DatasetConfig | None = getattr(config.data, split)
-        found: Encoded = {}
-        if examples and spec is not None and spec.question_key is None:
-            encoded = encode_texts(loaded.tokenizer, examples, spec.max_length)
-        else:
-            encoded = encode_rows(loaded.tokenizer, template, examples, spec.max_length if spec else None)
-        for e in encoded:
-            found.setdefault(e.example_id, []).append(e)
-        return found
-
+    encode = partial(encoded, config, loaded)
     train = encode("train", rows.train)
     # Fine-tuning trains on ``train`` alone; ``forget`` marks the rows whose loss is recorded for unlearning.
     marked = {e["id"]: train[e["id"]] for e in rows.forget if e["id"] in train}

@@ -17,6 +17,7 @@ from unfed.app.probe import origin_of
 from unfed.app.progress import say
 from unfed.app.requests import settle
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE, plain, run_status, seen_rows, training_identity
+from unfed.app.server_rows import server_ids
 from unfed.app.source import made_by, source_directory
 from unfed.app.stages import Start, carry_on
 from unfed.base.artifacts import digest_file, digest_json, read_json
@@ -96,7 +97,7 @@ def _check_rows(config: RunConfig, made: RunConfig, source: Path, forget: set[st
     """Refuse a fine-tuning that leaving out the ``forget`` rows would not turn into the model that never saw them."""
     assert made.data.train is not None
     assert config.data.forget is not None
-    known = {row["id"] for row in load_rows(made.data.train, made.paths.data_dir)}
+    known = {row["id"] for row in load_rows(made.data.train, made.paths.data_dir)} - server_ids(source)
     if not forget & known:
         raise UnfedError(
             f"oracle: none of the {len(forget)} rows of data.forget ({config.data.forget.name}) was among the rows "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unfed.app import build, recipes, requests
+from unfed.app import build, recipes, requests, server_rows
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, plain
 from unfed.base.artifacts import RUN_FILE
@@ -54,7 +54,7 @@ def of_settings(config: RunConfig) -> tuple[Ownership, str]:
         raise UnfedError("an evaluation deals no rows: give --config-name of a fine-tuning or unlearning run")
     config, _ = requests.settle(config)
     config, _ = recipes.settled(config)
-    rows = build.read_rows(config)
+    rows = server_rows.apart(config, build.read_rows(config))
     partition, where = build.settle_partition(config, rows)
     forget = rows.forget or build.forget_rows(config)
     return ownership_of(partition, rows.every(), [e["id"] for e in forget]), where

@@ -90,6 +90,8 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             trainer=trainer,
             aggregator=made.aggregator,
             privacy=made.privacy,
+            robust=made.robust,
+            hostile=made.hostile,
             collator=made.collator,
             partition=replace(made.partition, manifest=manifest),
             data=data,

@@ -179,21 +179,23 @@ def forgotten_before(config: RunConfig) -> tuple[Forgotten, ...]:
     return tuple(found)
 
 
-def note(config: RunConfig, forget: Sequence[Example], partition: Partition, before: Sequence[Forgotten]) -> list[Any]:
-    """What ``run.json`` is to keep under ``forgotten``: the requests before, and this run's own."""
+def note(
+    config: RunConfig, forget: Sequence[Example], partition: Partition, before: Sequence[Forgotten]
+) -> dict[str, Any]:
+    """What ``run.json`` is to keep of an unlearning run, as ``forgotten``: the requests before, and this run's own."""
+    if config.mode != "unlearn":
+        return {}
     ids = [row["id"] for row in forget]
-    return [
-        *before,
-        {
-            "name": config.task_name,
-            "run": config.paths.output_dir,
-            "what": words(config),
-            "recipe": config.recipe.name if config.recipe else None,
-            "method": config.method.name if config.method else None,
-            "ids": ids,
-            "clients": {c: len(own) for c, own in partition.owners(ids).items()},
-        },
-    ]
+    own = {
+        "name": config.task_name,
+        "run": config.paths.output_dir,
+        "what": words(config),
+        "recipe": config.recipe.name if config.recipe else None,
+        "method": config.method.name if config.method else None,
+        "ids": ids,
+        "clients": {c: len(rows) for c, rows in partition.owners(ids).items()},
+    }
+    return {"forgotten": [*before, own]}
 
 
 def words(config: RunConfig) -> str:

@@ -12,7 +12,19 @@ from typing import Any
 import torch
 
 from unfed.aggregation.base import Aggregator
-from unfed.app import build, encode, isolated, methods, ownership, privacy, recipes, requests, second
+from unfed.app import (
+    build,
+    encode,
+    hostile,
+    isolated,
+    methods,
+    ownership,
+    privacy,
+    recipes,
+    requests,
+    second,
+    server_rows,
+)
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -133,9 +145,10 @@ def prepared(
     else:
         refuse_unfinished(Path(config.paths.output_dir), overwrite=config.overwrite)
     methods.refuse_scope(config)
-    rows = build.read_rows(config)
+    rows = server_rows.apart(config, build.read_rows(config))
     encode.alternates_of(config, rows)  # a file that does not serve is found before the model is opened
     partition, where = build.settle_partition(config, rows)
+    hostile.hostile_clients(config, partition.clients)
     if config.mode == "finetune":
         return rows, partition, where, Situation((), ())
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
@@ -160,11 +173,13 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
     with open_run(config) as directory:
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
-        clients = recipes.with_proxy(config, rows, encode.encode_clients(config, loaded, rows, partition))
+        clients = encode.encode_clients(config, loaded, rows, partition)
+        clients = recipes.with_proxy(config, rows, hostile.wronged(config, loaded, rows, partition, clients))
         rule = build.server_rule(config, loaded)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
-        schedule = plan.schedule
-        rule, accountant = privacy.begin(config, schedule, clients, args, rule, source)
+        rule, accountant = privacy.begin(config, plan.schedule, clients, args, rule, source)
+        schedule, server = server_rows.joins(config, loaded, rows, plan.schedule)
+        plan = dataclasses.replace(plan, schedule=schedule)
         local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
         for note in filter(None, (local.optim_note, f"partition: {where}")):
             say(note)
@@ -172,6 +187,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         opened = snapshot(loaded.model)
         start = plan.start or ServerState(0, opened)
         trained = isolated.limited(plan, situation, clients, start.adapter)
+        trained |= {} if server is None else {server.client_id: server}
         client = Client(local, trained, opened, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
         client.privacy = privacy.privacy_of(config)
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
@@ -180,14 +196,14 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
         notes |= ownership.keep(directory.path, rows, partition)
+        server_rows.keep(directory.path, config, rows)
         probe = probe_forget_loss(local, clients, situation.targets, loaded)
-        if config.mode == "unlearn":
-            notes["forgotten"] = requests.note(config, rows.forget, partition, before)
+        notes |= requests.note(config, rows.forget, partition, before) | hostile.note(config, partition)
         notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint, **probe}
         directory.note(schedule=schedule.table(), settings=settings, **notes)
         work = _Training(config, directory, loaded, local, clients, rule, plan, situation)
         state = _rounds(work, client, state, keeper, start.adapter)
-        warnings = warnings_of(schedule, client, keeper.records)
+        warnings = hostile.warning(config, partition) + warnings_of(schedule, client, keeper.records)
         warnings += left_out(schedule, keeper.records, situation.targets)
         seen = requests.seen_after(config, rows, loaded.adapter_path, source)
         loaded, local, adapter = _served(work, state)
@@ -225,8 +241,10 @@ def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeep
         try:
             between.begin(state, directory)
             follow = isolated.runner(work.plan, start, directory.path)
-            rounds = RoundsConfig(config.seed, build.participation(config))
-            return follow(InProcess(client.fit), work.rule, state, rounds, keeper)
+            screening = build.screening(config, work.loaded, work.clients)
+            rounds = RoundsConfig(config.seed, build.participation(config), screening)
+            transport = hostile.on_the_wire(config, work.clients, InProcess(client.fit))
+            return follow(transport, work.rule, state, rounds, keeper)
         except UnfedError as e:
             advise(e, schedule, len(keeper.records))
             raise

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from unfed.aggregation.adapters.fedit import FedIT
-from unfed.aggregation.base import Aggregator
+from unfed.aggregation.base import Aggregator, WeightedMean
 from unfed.app.build import is_federated
 from unfed.app.methods import unlearning_objective
 from unfed.app.progress import say
@@ -94,7 +94,8 @@ def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[st
     found: dict[str, dict[str, Any]] = {}
     for client, work in (w for phase in schedule.phases for w in phase.work.items()):
         parts = [part for part in layers(work.objective) if not isinstance(part, Proximal)]  # its mu is the rule's
-        for part in (*reversed(parts), rule):
+        filters = rule.filters if isinstance(rule, WeightedMean) else ()
+        for part in (*reversed(parts), rule, *filters):
             if isinstance(part, Hyperparameters):
                 name = part.title if isinstance(part, Wrapper) else part.name
                 if found.setdefault(name, part.settings()) != part.settings():

@@ -107,6 +107,23 @@ class FlagRule:
         return None if isinstance(value, bool) else f"must be true or false, not {value!r}"
 
 
+@dataclass(frozen=True)
+class OptionalRule:
+    """``None``, or what ``rule`` allows."""
+
+    rule: Rule
+
+    def complaint(self, value: object) -> str | None:
+        """Why ``value`` is refused, or ``None``."""
+        found = None if value is None else self.rule.complaint(value)
+        return found and found.replace(", not ", " or null, not ", 1)
+
+
+def optional(rule: Rule) -> OptionalRule:
+    """A rule that allows ``None`` as well."""
+    return OptionalRule(rule)
+
+
 def governed(default: Any, rule: Rule) -> Any:
     """A dataclass field for a hyperparameter with a rule of its own."""
     return field(default=default, metadata={_KEY: rule})

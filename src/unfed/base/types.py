@@ -15,6 +15,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the convention of torch and transformers)."""
 
+SERVER = "server"
+"""The client id of the server itself, where it trains on rows of its own (FLTrust)."""
+
 Split = Literal["train", "forget", "retain", "alternate", "proxy"]
 """What a batch is for. ``train`` is plain (or recovery) training; ``alternate`` pairs each forget
 question with another answer (a refusal, say); ``proxy`` are rows away from the forget topic, to distil on."""
@@ -219,7 +222,8 @@ class Combined:
     ``aggregation_error`` is the relative Frobenius distance between the averaged effective update and the
     product of the averaged factors (``None`` without LoRA factors); ``error_is_estimate`` says that it was
     sketched rather than computed. ``base_residual``: what rules that also change the base model put beneath the adapter
-    from now on (``None``: nothing new). ``slots``: what a filter or the noise will want to know next round.
+    from now on (``None``: nothing new). ``slots``: what a filter or the noise will want to know next round. ``notes``:
+    what each filter did, by its name: a number for each client, or for a quantity of the round.
     """
 
     adapter: AdapterState
@@ -229,6 +233,7 @@ class Combined:
     error_is_estimate: bool = False
     base_residual: AdapterState | None = None
     slots: Mapping[str, AdapterState] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 OptState = Mapping[str, AdapterState]

@@ -13,12 +13,14 @@ from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_privacy import privacy_settings
 from unfed.config.checks_recipe import recipe_settings
+from unfed.config.checks_robust import hostile_settings, robust_settings
 from unfed.config.schema import (
     AGGREGATORS,
     FEDERATED_TRAINERS,
     METHODS,
     PRIVACY,
     RECIPES,
+    ROBUST,
     WRAPPERS,
     DatasetConfig,
     MethodArgs,
@@ -45,6 +47,7 @@ NAMED: Mapping[str, tuple[str, Sequence[str], str]] = {
     "aggregator": ("aggregation strategy", AGGREGATORS, "unfed.aggregation.registry:aggregator_problems"),
     "recipe": ("recipe", RECIPES, "unfed.unlearning.registry:recipe_problems"),
     "privacy": ("kind of privacy", PRIVACY, "unfed.aggregation.privacy:privacy_problems"),
+    "robust": ("robust rule", ROBUST, "unfed.aggregation.robust_registry:robust_problems"),
 }
 """Groups with a name and hyperparameters: what they are called, the names, and what checks the hyperparameters."""
 
@@ -280,6 +283,8 @@ CHECKS = (
     recipe_settings,
     privacy_settings,
     _federation,
+    robust_settings,
+    hostile_settings,
     _lora,
     _data,
     alternate_problems,

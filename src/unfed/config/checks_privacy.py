@@ -43,7 +43,7 @@ def _central(config: RunConfig, key: str) -> Iterator[str]:
     rule = config.aggregator
     if rule is not None and rule.params.get("weighting", "examples") != "uniform":
         yield f"{key}: bounds each client's part by giving all the same weight; set aggregator.weighting=uniform"
-    if (robust := getattr(config, "robust", None)) is not None:
+    if (robust := config.robust) is not None:
         yield f"robust={robust.name}: is no sum of the clients' updates, whose noise {key} reckons with; leave one out"
     if lost := sorted({"updates", "sums"} & set(config.history.keep)):
         yield f"history.keep={','.join(lost)}: keeps clients' updates without {key}'s noise; use history=none or rounds"

@@ -17,6 +17,11 @@ CONVENIENCES = frozenset(
     {"dataset", "train_split", "forget_split", "retain_split", "holdout_split", "retain_logs_path"}
 )
 """Top-level keys that other keys refer to; they end here."""
+NAMED: Mapping[str, tuple[str, ...]] = {
+    "method": (), "wrapper": (), "aggregator": (), "recipe": (), "robust": ("max_norm_ratio", "root"),
+    "privacy": (),
+}  # fmt: skip
+"""Groups with a name and hyperparameters; and their settings that are no hyperparameters of what is named."""
 
 
 def config_dir() -> Path:
@@ -128,14 +133,15 @@ def _arranged(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     arranged = {name: value for name, value in raw.items() if value is not None}
     if isinstance(arranged.get("task_name"), int | float):
         arranged["task_name"] = str(arranged["task_name"])  # task_name=1 is read as a number
-    for group in ("method", "wrapper", "aggregator", "recipe", "privacy"):
+    for group, beside in NAMED.items():
         given = arranged.get(group)
         if isinstance(given, Mapping):
             if "name" not in given:
                 arranged.pop(group)
                 problems.append(f"{group}: {', '.join(given)} given, but no {group} is chosen; give {group}=NAME")
                 continue
-            arranged[group] = {"name": given["name"], "params": {k: v for k, v in given.items() if k != "name"}}
+            kept = {k: v for k, v in given.items() if k in beside or k == "name"}
+            arranged[group] = {**kept, "params": {k: v for k, v in given.items() if k not in kept}}
     _settle_precision(arranged)
     return arranged
 

@@ -30,6 +30,7 @@ RECIPES = (
     "task_arithmetic",
     "not_lora",
 )
+ROBUST = ("screening", "median", "trimmed_mean", "krum", "multi_krum", "norm_clipping", "fltrust")
 WRAPPERS = ("SAM", "GRU", "EWC")
 PRIVACY = ("central", "local", "example")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
@@ -100,6 +101,33 @@ class AggregatorConfig:
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RobustConfig:
+    """A robust rule by name (``screening``: none), its hyperparameters (checked against the rule's own fields), and
+    what goes with any of them: ``max_norm_ratio``, the number of times that a client's step may be as long as the
+    round's median (``None``: any). ``root``, for fltrust: how many training rows the server keeps for itself, or a file
+    of rows (``None``, in an unlearning run: those of the fine-tuning)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    max_norm_ratio: float | None = None
+    root: int | str | None = None
+
+
+@dataclass(frozen=True)
+class HostileConfig:
+    """Clients that do harm, for studies of robust rules alone: see :mod:`unfed.federated.hostile`.
+
+    ``clients``: by name or index; none: the last ``count``.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    name: Literal["sign_flip", "scale", "random", "label_flip"]
+    clients: tuple[int | str, ...] = ()
+    count: int = 1
+    factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +256,8 @@ class RunConfig:
     aggregator: AggregatorConfig | None = None
     recipe: RecipeConfig | None = None
     privacy: PrivacyConfig | None = None
+    robust: RobustConfig | None = None
+    hostile: HostileConfig | None = None
     history: HistoryConfig = HistoryConfig()
     forget: ForgetConfig = ForgetConfig()
     engine: EngineConfig = EngineConfig()

@@ -19,7 +19,7 @@ from unfed.base.artifacts import (
     write_tensors,
 )
 from unfed.base.errors import ArtifactError, UnfedError
-from unfed.base.types import ServerState
+from unfed.base.types import SERVER, ServerState
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"round_(\d{5})")
@@ -29,7 +29,8 @@ RESIDUAL_FILE = "residual.safetensors"
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round. Digests are of the server's adapter; bytes are of tensors sent, both ways."""
+    """What happened in one round. Digests are of the server's adapter; bytes are of tensors sent, both ways.
+    ``notes``: what robust rules and clipping did, by their name (see :class:`unfed.base.types.Combined`)."""
 
     round: int
     phase: str
@@ -44,11 +45,12 @@ class RoundRecord:
     aggregation_error: float | None
     error_is_estimate: bool
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
         """Mean of the clients' mean training losses, if any client reported one."""
-        losses = [m["loss"] for m in self.metrics.values() if "loss" in m]
+        losses = [m["loss"] for c, m in self.metrics.items() if "loss" in m and c != SERVER]
         return sum(losses) / len(losses) if losses else None
 
 

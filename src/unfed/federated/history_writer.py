@@ -10,7 +10,7 @@ from unfed.aggregation.base import Aggregator
 from unfed.aggregation.tree import delta, full_like, moved, zip_map
 from unfed.base.artifacts import digest_file, read_tensors, remove_leftovers, write_json
 from unfed.base.errors import ArtifactError, UnfedError
-from unfed.base.types import AdapterState, ClientUpdate, ServerState
+from unfed.base.types import SERVER, AdapterState, ClientUpdate, ServerState
 from unfed.federated.checkpoint import RESIDUAL_FILE
 from unfed.federated.history import (
     HISTORY_DIR,
@@ -96,7 +96,7 @@ class HistoryWriter:
         wanted = self._settings.due(task.round) or "sums" in self._settings.keep
         shutil.rmtree(self._pending, ignore_errors=True)
         for update in updates:
-            if wanted:
+            if wanted and update.client_id != SERVER:
                 self._examples[update.client_id] = update.num_examples
                 private_dir(self._pending)
                 write_private(self._pending_file(update.client_id), delta(update.adapter, state.adapter))

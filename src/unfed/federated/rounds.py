@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from unfed.aggregation.base import Aggregator
-from unfed.base.types import Broadcast, ClientFailure, ClientUpdate, Combined, ServerState
+from unfed.base.types import SERVER, Broadcast, ClientUpdate, Combined, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.history_writer import HistoryWriter
 from unfed.federated.schedule import FitTask, Participation, Schedule
+from unfed.federated.screening import Screening, ScreeningSettings
 from unfed.federated.transport import Transport
 
 
@@ -20,6 +21,7 @@ class RoundsConfig:
 
     seed: int = 0
     participation: Participation = field(default_factory=Participation)
+    screening: ScreeningSettings = field(default_factory=ScreeningSettings)
 
 
 class RoundListener:
@@ -30,33 +32,6 @@ class RoundListener:
 
     def round_ended(self, record: RoundRecord, state: ServerState) -> None:
         """After the checkpoint."""
-
-
-@dataclass
-class _Screening:
-    """Lets usable updates through, with what did not travel filled in; remembers what was dropped, what was sent."""
-
-    sent: Broadcast
-    failures: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    bytes_up: int = 0
-
-    def usable(self, answers: Iterable[ClientUpdate | ClientFailure]) -> Iterator[ClientUpdate]:
-        for answer in answers:
-            if isinstance(answer, ClientFailure):
-                self.failures[answer.client_id] = answer.reason
-                continue
-            self.bytes_up += answer.adapter.nbytes if answer.nbytes is None else answer.nbytes
-            problems = answer.adapter.problems_against(self.sent.returned(answer.client_id))
-            if answer.num_examples < 1:
-                problems.append(f"num_examples is {answer.num_examples}")
-            if problems:
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                self.failures[answer.client_id] = f"update dropped: {problems[0]}{more}"
-                continue
-            self.metrics[answer.client_id] = dict(answer.metrics)
-            whole = answer.adapter.filled(self.sent.start(answer.client_id))
-            yield answer if whole is answer.adapter else replace(answer, adapter=whole)
 
 
 class _NoUpdatesError(Exception):
@@ -88,13 +63,14 @@ def run_rounds(
     for task in schedule.tasks(state.round):
         began = time.perf_counter()
         phase = task.phase
-        clients = config.participation.select(list(phase.work), config.seed, task.round, phase.always)
+        members, server = [c for c in phase.work if c != SERVER], [c for c in phase.work if c == SERVER]
+        clients = config.participation.select(members, config.seed, task.round, phase.always)
         keep.listener.round_started(task, clients)
         # A recipe's own rule works on whole factors.
         own_rule = not isinstance(phase.rule, str)
         broadcast = Broadcast(state.adapter) if own_rule else aggregator.broadcast(state, clients)
-        screening = _Screening(broadcast)
-        updates = screening.usable(transport.fit(task, broadcast, clients))
+        screening = Screening(broadcast, config.screening)
+        updates = screening.usable(transport.fit(task, broadcast, [*clients, *server]))
         if keep.history is not None:
             updates = keep.history.of_round(task, state, updates)
         done = _finish(task, aggregator, state, updates, len(clients))
@@ -118,6 +94,7 @@ def run_rounds(
             aggregation_error=combined.aggregation_error,
             error_is_estimate=combined.error_is_estimate,
             metrics=screening.metrics,
+            notes=combined.notes,
         )
         keep.records.append(record)
         if keep.history is not None:
@@ -136,7 +113,8 @@ def _finish(
         if not isinstance(rule, str):
             combined, adapter = rule.advance(task, state, _first_or_raise(updates))
             return combined, replace(state, round=state.round + 1, adapter=adapter)
-        combined = aggregator.combine(_first_or_raise(updates), num_clients, state)
+        by = aggregator.adopting() if rule == "adopt" else aggregator
+        combined = by.combine(_first_or_raise(updates), num_clients, state)
     except _NoUpdatesError:
         return None
     return combined, aggregator.advance(state, combined, adopt=rule == "adopt")

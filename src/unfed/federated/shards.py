@@ -166,7 +166,7 @@ def run_shards(
         own = ServerState(0, work.start)
         if state.round > offset:
             own = replace(state, round=state.round - offset)
-        seeds = RoundsConfig(derive_seed(config.seed, "shard", shard.index), config.participation)
+        seeds = replace(config, seed=derive_seed(config.seed, "shard", shard.index))
         listener = Shifted(keep.listener, offset)
         shifted = ShiftedKeeper(keep.records, listener, keep.checkpoints, keep.on_save, by=offset)
         own = run_rounds(Schedule((phase,)), transport, aggregator, own, seeds, shifted)
