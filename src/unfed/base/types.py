@@ -174,15 +174,18 @@ class Broadcast:
     local: frozenset[str] = frozenset()
     own: Mapping[str, AdapterState] = field(default_factory=dict)
 
+    @property
+    def stay(self) -> frozenset[str]:
+        """Tensors that do not come back: held fixed, or kept by the client."""
+        return self.frozen | self.local
+
     def start(self, client_id: str) -> AdapterState:
         """The adapter that a client begins with."""
         return self.own.get(client_id, self.adapter)
 
     def returned(self, client_id: str) -> AdapterState:
         """The tensors of :meth:`start` that come back: names, shapes and dtypes of a proper update."""
-        stay = self.frozen | self.local
-        start = self.start(client_id)
-        return start.without(stay) if stay else start
+        return self.start(client_id).without(self.stay)
 
     def nbytes(self, client_ids: Iterable[str]) -> int:
         """Bytes that reach the clients, uncompressed."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from unfed.base.errors import nearest
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
+from unfed.config.checks_personal import personal_settings
 from unfed.config.checks_recipe import recipe_settings
 from unfed.config.schema import (
     AGGREGATORS,
@@ -275,6 +276,7 @@ CHECKS = (
     _trainer,
     _wrapper,
     recipe_settings,
+    personal_settings,
     _federation,
     _lora,
     _data,

@@ -22,11 +22,18 @@ class ClientStore:
     """Adapters of clients by kind and round: in memory, or, with a directory, as files that their owner alone may read.
 
     ``keep``: entries of a client and kind that stay; a run that resumes goes back by one round less at most.
+    ``before``: what a client has of a kind (client, kind) before it has put anything.
     """
 
-    def __init__(self, directory: Path | None = None, keep: int = 3) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        keep: int = 3,
+        before: Callable[[str, str], AdapterState | None] = lambda client_id, kind: None,
+    ) -> None:
         self._root = None if directory is None else directory / CLIENTS_DIR
         self._keep = max(2, keep)
+        self._before = before
         self._held: dict[tuple[str, str], dict[int, AdapterState]] = {}
 
     def get(self, client_id: str, kind: str, round_: int) -> AdapterState | None:
@@ -36,7 +43,7 @@ class ClientStore:
         """
         entries = self._entries(client_id, kind)
         known = [n for n in entries if n < round_]
-        return entries[max(known)]() if known else None
+        return entries[max(known)]() if known else self._before(client_id, kind)
 
     def put(self, client_id: str, kind: str, round_: int, state: AdapterState) -> None:
         """Keep ``state`` as what the client has after round ``round_`` (from 0); what is of later rounds is dropped."""
