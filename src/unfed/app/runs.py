@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from unfed.aggregation.base import Aggregator
-from unfed.app import build, encode, isolated, methods, ownership, personal, recipes, requests, second
+from unfed.app import build, cores, encode, isolated, methods, ownership, personal, recipes, requests, second
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -162,9 +162,10 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         check_tokens(config, loaded)
         clients = recipes.with_proxy(config, rows, encode.encode_clients(config, loaded, rows, partition))
         rule = build.server_rule(config, loaded)
+        local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
+        cores.begin(directory, rule, loaded, local, clients)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         schedule = plan.schedule
-        local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
         for note in filter(None, (local.optim_note, f"partition: {where}")):
             say(note)
         show_schedule(schedule, settings := resolved_settings(schedule, rule))
@@ -242,7 +243,8 @@ def _served(work: _Training, state: ServerState) -> tuple[LoadedModel, Local, Ad
         return isolated.joined(work.plan, work.rule, work.situation, work.directory.path, (work.loaded, work.local))
     if state.base_residual is not None:
         return isolated.with_residual(work.loaded, work.local, state)
-    return second.finish(work.directory, work.loaded, work.local, state.adapter)
+    adapter = cores.end(work.loaded, state.adapter)
+    return second.finish(work.directory, work.loaded, work.local, adapter)
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:

@@ -43,7 +43,7 @@ def _not_whole(config: RunConfig) -> Iterator[str]:
     from unfed.aggregation.adapters.registry import ADAPTER_RULES
 
     rule = ADAPTER_RULES[name]
-    if rule.whole:
+    if rule.whole_at_server:
         return
     key = f"aggregator.adapter={name}"
     if not config.model.model_args.use_lora:

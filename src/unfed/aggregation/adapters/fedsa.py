@@ -40,7 +40,7 @@ class FedSALoRA(AdapterRule):
 
     title: ClassVar[str] = "fedsa"
     linear: ClassVar[bool] = True
-    whole: ClassVar[bool] = False
+    whole_at_server: ClassVar[bool] = False
     why_not_whole: ClassVar[str] = "every client keeps a B of its own, so the server never sees a whole update"
 
     def broadcast(self, state: ServerState, client_ids: Sequence[str]) -> Broadcast:
