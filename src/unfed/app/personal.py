@@ -18,10 +18,10 @@ from unfed.aggregation.base import Aggregator
 from unfed.app.own_rows import own_probabilities, own_rows
 from unfed.app.progress import say
 from unfed.app.rundir import RUN_FILE, RunDir
-from unfed.base.artifacts import digest_json, read_json, read_tensors
+from unfed.base.artifacts import digest_json, read_json
 from unfed.base.types import AdapterState, ServerState
 from unfed.config.schema import EvalConfig, RunConfig
-from unfed.federated.client import OWN, ClientData
+from unfed.federated.client import ClientData
 from unfed.federated.history import private_dir
 from unfed.federated.own import OwnFactors
 from unfed.federated.store import CLIENTS_DIR, ClientStore
@@ -33,6 +33,9 @@ from unfed.objectives.nll import NLL
 from unfed.training.batches import BatchPlan, TrainRows
 from unfed.training.context import Companions
 from unfed.training.loop import Local, LocalTask
+
+_AFTER_ALL = 1 << 30
+"""A round that no run has."""
 
 
 def own_factors(
@@ -47,11 +50,8 @@ def own_factors(
     earlier = _earlier(config) if names else None
 
     def before(client_id: str, kind: str) -> AdapterState | None:
-        file = (earlier or Path()) / client_id / ADAPTER_WEIGHTS
-        if kind != OWN or earlier is None or not file.is_file():
-            return None
-        there = read_tensors(file)
-        return AdapterState({n: t for n, t in there.items() if n in names})
+        found = None if earlier is None else earlier.get(client_id, kind, _AFTER_ALL)
+        return None if found is None or set(found) != names else found
 
     store = ClientStore(directory, config.engine.keep_checkpoints + 1, before)
     return OwnFactors(names, weights, store)
@@ -70,13 +70,12 @@ def _opened(config: RunConfig) -> Path | None:
     return next((Path(p) for p in places if p is not None and (Path(p) / CLIENTS_DIR).is_dir()), None)
 
 
-def _earlier(config: RunConfig) -> Path | None:
+def _earlier(config: RunConfig) -> ClientStore | None:
     place = _opened(config)
     record = read_json(place / RUN_FILE) if place is not None and (place / RUN_FILE).is_file() else {}
     made = record.get("personal") if isinstance(record, dict) else None
-    # Adapters that were fine-tuned on their own have another A each, and their B goes with no other.
-    fits = isinstance(made, dict) and made.get("rule") == "fedsa" and not made.get("epochs")
-    return place / CLIENTS_DIR if place is not None and fits else None
+    fits = isinstance(made, dict) and made.get("rule") == "fedsa"
+    return ClientStore(place) if place is not None and fits else None
 
 
 def remind(config: RunConfig, targets: tuple[str, ...]) -> list[str]:
