@@ -16,7 +16,7 @@ from unfed.config.checks import consistency
 from unfed.config.schema import AggregatorConfig, HistoryConfig, PersonaliseConfig, RecipeConfig
 from unfed.federated.client import OWN
 from unfed.federated.own import OwnFactors
-from unfed.federated.store import ClientStore
+from unfed.federated.store import ClientStore, client_dir
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -104,6 +104,16 @@ def test_a_client_goes_on_with_what_it_had_before_the_run() -> None:
     new = AdapterState({B: torch.zeros(1, 1)})
     store.put("c0", OWN, 0, new)
     assert store.get("c0", OWN, 0) is had and store.get("c0", OWN, 1) is new
+
+
+def test_a_clients_name_never_leads_out_of_its_directory(tmp_path) -> None:
+    names = ("client_0", "a b", "a/b", "..", ".hidden", "é")
+    assert [client_dir(n) for n in names] == ["client_0", "a b", "a%2Fb", "%2E.", "%2Ehidden", "%C3%A9"]
+    store = ClientStore(tmp_path)
+    for n, name in enumerate(names):
+        store.put(name, OWN, 0, AdapterState({B: torch.full((1, 1), float(n))}))
+    assert [store.get(name, OWN, 1)[B].item() for name in names] == list(range(len(names)))
+    assert {f.parents[2] for f in tmp_path.rglob("*.safetensors")} == {tmp_path / "clients"}
 
 
 @pytest.mark.parametrize(

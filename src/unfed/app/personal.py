@@ -24,7 +24,7 @@ from unfed.config.schema import EvalConfig, RunConfig
 from unfed.federated.client import ClientData
 from unfed.federated.history import private_dir
 from unfed.federated.own import OwnFactors
-from unfed.federated.store import CLIENTS_DIR, ClientStore
+from unfed.federated.store import CLIENTS_DIR, ClientStore, client_dir
 from unfed.models.adapter import restore, save_adapter, snapshot
 from unfed.models.generate import Budget
 from unfed.models.load import LoadedModel
@@ -84,7 +84,7 @@ def remind(config: RunConfig, targets: tuple[str, ...]) -> list[str]:
     if place is None or not targets:
         return []
     found = sorted(d for d in (place / CLIENTS_DIR).iterdir() if (d / ADAPTER_WEIGHTS).is_file())
-    theirs = [str(d) for d in found if d.name in targets]
+    theirs = [str(d) for d in found if d.name in {client_dir(t) for t in targets}]
     if not found:
         return []
     what = f"; {', '.join(theirs)} learnt the forget rows and must be deleted" if theirs else ""
@@ -160,9 +160,10 @@ class Personal:
     def _keep(self, client: str, adapter: AdapterState) -> None:
         root = self.directory.path / CLIENTS_DIR
         private_dir(root)
-        private_dir(root / client)
-        save_adapter(self.loaded.model, adapter, root / client)
-        for file in (root / client).iterdir():
+        place = root / client_dir(client)
+        private_dir(place)
+        save_adapter(self.loaded.model, adapter, place)
+        for file in place.iterdir():
             if file.is_file():
                 file.chmod(0o600)
 

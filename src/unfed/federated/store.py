@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 from unfed.base.artifacts import read_tensors
 from unfed.base.types import AdapterState
@@ -16,6 +17,12 @@ from unfed.federated.history import private_dir, write_private
 
 CLIENTS_DIR = "clients"
 _NAME = re.compile(r"round_(\d{5})\.safetensors")
+
+
+def client_dir(client_id: str) -> str:
+    """A client's directory below ``clients``: its name, with ``%XX`` for what a file's name may not hold."""
+    name = quote(client_id, safe=" ")
+    return "%2E" + name[1:] if name.startswith(".") else name
 
 
 class ClientStore:
@@ -64,7 +71,7 @@ class ClientStore:
 
     def _place(self, client_id: str, kind: str) -> Path:
         assert self._root is not None
-        return self._root / client_id / kind
+        return self._root / client_dir(client_id) / kind
 
     def _files(self, place: Path) -> Iterator[tuple[int, Path]]:
         for file in sorted(place.glob("round_*.safetensors")) if place.is_dir() else ():
