@@ -138,3 +138,16 @@ def test_after_unlearning_clients_are_fine_tuned_on_what_is_retained(from_finetu
     plain = run(from_finetuned(tmp_path / "plain")).directory
     assert weights(made).digest() == weights(plain).digest()
     assert set(read_json(made / "run.json")["personal"]["clients"]) <= set(NAMES)
+
+
+def test_it_goes_on_from_what_is_served_where_that_is_made_of_parts(small_run, small_base, tmp_path) -> None:
+    """FLoRA's served adapter is a stack: the clients' own have its shape, and the stack is back in its place after."""
+    rule = AggregatorConfig("FedAvg", {"adapter": "flora"})
+    made = run(small_run("finetune", tmp_path / "run", aggregator=rule, personalise=PersonaliseConfig(1.0))).directory
+    record, top = read_json(made / "run.json"), weights(made)
+    assert top.digest() == record["adapter"]
+    for client, entry in record["personal"]["clients"].items():
+        own = weights(made / "clients" / client)
+        assert {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in top.items()}
+        assert own.digest() == entry["adapter"] != top.digest()
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_base), str(made / "clients" / client))
