@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import ConfigError
-from unfed.config.schema import EvalConfig
+from unfed.config.schema import AggregatorConfig, EvalConfig
 from unfed.config.schema_eval import GenerationConfig
 from unfed.data.chat import encode_rows
 from unfed.data.datasets import DatasetSpec, load_rows
@@ -119,3 +119,14 @@ def test_a_resumed_run_keeps_what_was_found(small_run, data, tmp_path, monkeypat
 def test_other_strategies_are_refused(small_run, data, tmp_path, strategy, said):
     with pytest.raises(ConfigError, match=said):
         run(given(small_run("finetune", tmp_path / "x"), data, strategy))
+
+
+def test_clients_that_keep_a_factor_are_scored_with_it(small_run, data, tmp_path):
+    """FedSA: after the last round the clients' scores are those of their own adapters, the others of what is served."""
+    config = small_run("finetune", tmp_path / "run", aggregator=AggregatorConfig("FedAvg", {"adapter": "fedsa"}))
+    run(given(config, data, "round"))
+    record = read_json(tmp_path / "run" / "run.json")
+    last, own = record["evaluations"][-1], record["personal"]["clients"]
+    assert last["clients"] == pytest.approx({c: e["after"] for c, e in own.items()})
+    assert last["clients"] != pytest.approx({c: e["before"] for c, e in own.items()})
+    assert last["scores"]["forget_Q_A_Prob"] != record["evaluations"][0]["scores"]["forget_Q_A_Prob"]

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from unfed.app import runs
+from unfed.app import saving
 from unfed.app.runs import run
 from unfed.base.artifacts import digest_file, read_json, read_tensors
 from unfed.base.errors import AdapterError, ArtifactError, ConfigError, DataError, UnfedError
@@ -371,7 +371,7 @@ def test_a_full_disk_in_the_middle_loses_nothing(small_run, finetuned, tmp_path,
 
 def test_a_full_disk_at_the_end_keeps_every_round(small_run, finetuned, tmp_path, monkeypatch):
     config = small_run("finetune", tmp_path / "run")
-    save = runs.save_adapter
+    save = saving.save_adapter
 
     def full(*args):
         monkeypatch.setattr("unfed.models.adapter.save_file", refuse)
@@ -380,7 +380,7 @@ def test_a_full_disk_at_the_end_keeps_every_round(small_run, finetuned, tmp_path
     def refuse(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runs, "save_adapter", full)
+    monkeypatch.setattr(saving, "save_adapter", full)
     with pytest.raises(ArtifactError, match="No space left on device"):
         run(config)
     monkeypatch.undo()

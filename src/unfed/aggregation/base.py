@@ -196,8 +196,8 @@ class WeightedMean(Hyperparameters):
         )
         if self.noise is None:
             return combined
-        frozen = self.broadcast(start, combined.client_ids).frozen
-        return self.noise(combined, start, frozenset(merged.adapter) - frozen)
+        stay = self.broadcast(start, combined.client_ids).stay
+        return self.noise(combined, start, frozenset(merged.adapter) - stay)
 
     def _weighted(self, updates: Iterable[ClientUpdate], counted: list[ClientUpdate]) -> Iterator[Weighted]:
         for update in updates:
@@ -212,7 +212,7 @@ class WeightedMean(Hyperparameters):
         return replace(self, filters=tuple(f for f in self.filters if not f.compares))
 
     def advance(self, state: ServerState, combined: Combined, *, adopt: bool = False) -> ServerState:
-        """See :meth:`Aggregator.advance`. Tensors that are held fixed this round keep their optimizer slots, too."""
+        """See :meth:`Aggregator.advance`. Tensors that do not come back this round keep their optimizer slots, too."""
         memory = {name: slot for f in self.filters for name, slot in f.init(state.adapter).items()}
         memory |= {n: s for n, s in state.opt_state.items() if "." in n} | dict(combined.slots)
         own = {n: s for n, s in state.opt_state.items() if "." not in n}
@@ -224,9 +224,9 @@ class WeightedMean(Hyperparameters):
 
     def _stepped(self, own: OptState, state: ServerState, combined: Combined) -> tuple[OptState, AdapterState]:
         own = own or self.init(state.adapter)
-        frozen = self.broadcast(state, combined.client_ids).frozen
-        if not frozen:
+        stay = self.broadcast(state, combined.client_ids).stay
+        if not stay:
             return self.step(own, state.adapter, combined)
-        part = replace(combined, adapter=combined.adapter.without(frozen))
-        slots, adapter = self.step({n: s.without(frozen) for n, s in own.items()}, state.adapter.without(frozen), part)
+        part = replace(combined, adapter=combined.adapter.without(stay))
+        slots, adapter = self.step({n: s.without(stay) for n, s in own.items()}, state.adapter.without(stay), part)
         return {n: s.filled(own[n]) for n, s in slots.items()}, adapter.filled(state.adapter)

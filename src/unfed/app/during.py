@@ -7,21 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unfed.app.evaluate import evaluation_splits, suite_of
+from unfed.app.own_rows import own_probabilities, own_rows
 from unfed.app.progress import Track, say
 from unfed.app.rundir import RunDir
 from unfed.base.types import ServerState
 from unfed.config.schema import EvalConfig, RunConfig
 from unfed.evaluation.rows import read_rows
 from unfed.evaluation.runner import evaluate
-from unfed.evaluation.scoring import Pass, score
 from unfed.evaluation.suites import SUITES
 from unfed.federated.checkpoint import RoundRecord
 from unfed.federated.client import ClientData
+from unfed.federated.own import OwnFactors
 from unfed.federated.rounds import RoundListener
 from unfed.federated.schedule import FitTask, Schedule
-from unfed.metrics.probability import avg_loss, prob
 from unfed.models.adapter import restore
-from unfed.models.generate import inference
 from unfed.models.load import LoadedModel
 from unfed.models.residual import put_residual
 from unfed.report.labels import label, number
@@ -29,11 +28,12 @@ from unfed.report.labels import label, number
 
 @dataclass
 class RoundEvaluation(RoundListener):
-    """Evaluates before the first round, and after every round or every phase.
+    """Evaluates before the first round, and after every round or every phase: what would be served by then.
 
-    ``clients`` are scored on the rows that they train on and that are to be kept (``train``): the mean probability of
-    the answers. ``found`` gathers ``{"round", "phase", "scores", "clients", "client_mean", "client_worst",
-    "client_gap"}``; ``gap`` is best minus worst. ``when``: ``round``, ``phase``, or ``no``. Nothing that training
+    ``clients`` are scored on the rows that they train on and that are to be kept (``train``), with what they have of
+    their own (``own``): the mean probability of the answers. ``found`` gathers ``{"round", "phase", "scores",
+    "clients", "client_mean", "client_worst", "client_gap"}``; ``gap`` is best minus worst. ``when``: ``round``,
+    ``phase``, or ``no``. Nothing that training
     draws at random is touched.
     """
 
@@ -43,6 +43,7 @@ class RoundEvaluation(RoundListener):
     clients: Mapping[str, ClientData]
     when: str
     track: Track | None = None
+    own: OwnFactors = field(default_factory=OwnFactors)
     found: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self, state: ServerState, directory: RunDir) -> None:
@@ -57,8 +58,7 @@ class RoundEvaluation(RoundListener):
         self._given: EvalConfig = replace(given, metrics=given.round_metrics, limit=given.round_limit)
         self._rows = read_rows(SUITES[given.suite], given.round_metrics, evaluation_splits(self._given), data_dir)
         self._suite = suite_of(replace(self._given, finetuned_logs_path=None), data_dir)
-        trained = {c: sorted(d.splits.get("train", ()), key=lambda e: e.example_id) for c, d in self.clients.items()}
-        self._own = {c: rows[: given.round_limit] for c, rows in trained.items() if rows}
+        self._own = own_rows(self.clients, given.round_limit)
         before = directory.known("evaluations") or ()
         self.found = [dict(e) for e in before if e.get("round", 0) <= state.round]
         if all(e.get("round") != state.round for e in self.found) and (state.round == 0 or self._due(state)):
@@ -76,12 +76,12 @@ class RoundEvaluation(RoundListener):
 
     def _evaluate(self, state: ServerState, phase: str) -> None:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        restore(model, state.adapter)
+        restore(model, self.own.served(state).adapter)
         put_residual(model, state.base_residual)
         result = evaluate(model, tokenizer, self.config.model.template_args, self._suite, self._rows)
         wanted = self._given.metrics
         scores = {n: v for n, v in result.summary().items() if n in wanted}
-        own = self._utilities()
+        own = self._utilities(state)
         values = list(own.values())
         entry: dict[str, Any] = {"round": state.round, "phase": phase, "scores": scores, "clients": own}
         if values:
@@ -97,19 +97,15 @@ class RoundEvaluation(RoundListener):
             curves |= {f"eval/{n}": entry[n] for n in ("client_mean", "client_worst", "client_gap") if n in entry}
             self.track(curves, state.round)
 
-    def _utilities(self) -> dict[str, float]:
-        """Mean probability of each client's own answers."""
+    def _utilities(self, state: ServerState) -> dict[str, float]:
+        """Of each client on its own rows, with the adapter that it has."""
         budget = self._suite.budget
-        given = Pass(self.loaded.model, self.loaded.tokenizer, self.config.model.template_args, budget)
-        flat = [e for rows in self._own.values() for e in rows]
-        if not flat:
-            return {}
-        with inference(self.loaded.model):
-            values = prob(avg_loss(score(given, flat, [False] * len(flat))))
-        found, start = {}, 0
+        if not self.own.there(state.round):
+            return own_probabilities(self.config, self.loaded, budget, self._own)
+        found: dict[str, float] = {}
         for client, rows in self._own.items():
-            found[client] = float(values[start : start + len(rows)].mean())
-            start += len(rows)
+            restore(self.loaded.model, self.own.of(client, state))
+            found |= own_probabilities(self.config, self.loaded, budget, {client: rows})
         return found
 
 

@@ -23,7 +23,7 @@ from unfed.app.stages import Start, carry_on
 from unfed.base.artifacts import digest_file, digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, UnfedError
 from unfed.config.preflight import preflight
-from unfed.config.schema import EvalConfig, HistoryConfig, RunConfig
+from unfed.config.schema import EvalConfig, HistoryConfig, PersonaliseConfig, RunConfig
 from unfed.config.shape import validate
 from unfed.data.datasets import load_rows
 from unfed.evaluation.suites import SUITES
@@ -80,6 +80,7 @@ def oracle_config(config: RunConfig) -> RunConfig:
         eval=None,
         oracle=None,
         history=HistoryConfig(),
+        personalise=PersonaliseConfig(),
         resume=False,
         overwrite=False,
     )

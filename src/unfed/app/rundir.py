@@ -39,9 +39,10 @@ def plain(value: Any) -> Any:
 
 
 def training_identity(config: RunConfig) -> dict[str, Any]:
-    """What two runs must share for one to resume the other: all but where to, how to report, and evaluation."""
+    """What two runs must share for one to resume the other: all but where to, how to report, and what comes after the
+    last round (evaluation, the clients' own adapters)."""
     identity = plain(config)
-    for key in ("resume", "overwrite", "eval", "paths", "task_name", "oracle"):
+    for key in ("resume", "overwrite", "eval", "paths", "task_name", "oracle", "personalise"):
         identity.pop(key)
     identity["engine"].pop("keep_checkpoints")
     for key in ("report_to", "run_name", "logging_steps", "dataloader_num_workers", "eval_strategy"):
@@ -92,6 +93,11 @@ class RunDir:
         """Add to ``run.json`` and write it."""
         self._record.update({k: plain(v) for k, v in entries.items()})
         write_json(self.path / RUN_FILE, self._record)
+
+    def sent(self, what: str, bytes_up: int = 0, bytes_down: int = 0) -> None:
+        """Record what travelled before or after the rounds, for costs to count it."""
+        known = self.known("beside_rounds") or {}
+        self.note(beside_rounds={**known, what: {"bytes_up": bytes_up, "bytes_down": bytes_down}})
 
 
 def _now() -> str:

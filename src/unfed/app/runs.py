@@ -7,18 +7,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from unfed.aggregation.base import Aggregator
 from unfed.app import (
     build,
+    cores,
     encode,
     hostile,
     isolated,
     methods,
     ownership,
+    personal,
     privacy,
     recipes,
     requests,
@@ -29,30 +30,31 @@ from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
 from unfed.app.outcome import advise, left_out, memory_settings, warnings_of
-from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_loss
+from unfed.app.probe import origin_of, probe_forget_loss
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.robustness import check_robustness
 from unfed.app.rundir import (
-    TRAIN_ROWS_FILE,
     RunDir,
     open_run,
     refuse_unfinished,
     training_identity,
 )
+from unfed.app.saving import save_run
 from unfed.app.schedules import resolved_settings
 from unfed.app.source import refuse_changed
 from unfed.app.tracking import tracking
-from unfed.base.artifacts import digest_json, write_json
-from unfed.base.errors import AdapterError, ArtifactError, UnfedError
+from unfed.base.artifacts import digest_json
+from unfed.base.errors import AdapterError, UnfedError
 from unfed.base.types import AdapterState, ServerState
 from unfed.config.schema import RunConfig
 from unfed.data.partition import Partition
 from unfed.evaluation.runner import EvalResult
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
+from unfed.federated.own import OwnFactors
 from unfed.federated.rounds import RoundsConfig, RunKeeper
 from unfed.federated.transport import InProcess
-from unfed.models.adapter import ADAPTER_NAME, save_adapter, snapshot
+from unfed.models.adapter import ADAPTER_NAME, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
 from unfed.models.second import LEARNED
 from unfed.training import advice
@@ -176,11 +178,12 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         clients = encode.encode_clients(config, loaded, rows, partition)
         clients = recipes.with_proxy(config, rows, hostile.wronged(config, loaded, rows, partition, clients))
         rule = build.server_rule(config, loaded)
+        local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
+        cores.begin(directory, rule, loaded, local, clients)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         rule, accountant = privacy.begin(config, plan.schedule, clients, args, rule, source)
         schedule, server = server_rows.joins(config, loaded, rows, plan.schedule)
         plan = dataclasses.replace(plan, schedule=schedule)
-        local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
         for note in filter(None, (local.optim_note, f"partition: {where}")):
             say(note)
         show_schedule(schedule, settings := resolved_settings(schedule, rule))
@@ -188,10 +191,12 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         start = plan.start or ServerState(0, opened)
         trained = isolated.limited(plan, situation, clients, start.adapter)
         trained |= {} if server is None else {server.client_id: server}
-        client = Client(local, trained, opened, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
+        own = personal.own_factors(config, directory.path, rule, start, clients)
+        by_phase = config.trainer.method_args.lr_schedule == "phase"
+        client = Client(local, trained, opened, lr_per_phase=by_phase, store=own.store)
         client.privacy = privacy.privacy_of(config)
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
-        inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened)}
+        inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened), **personal.inputs(own)}
         identity = {**training_identity(config), "inputs": inputs}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
@@ -201,13 +206,15 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         notes |= requests.note(config, rows.forget, partition, before) | hostile.note(config, partition)
         notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint, **probe}
         directory.note(schedule=schedule.table(), settings=settings, **notes)
-        work = _Training(config, directory, loaded, local, clients, rule, plan, situation)
+        work = _Training(config, directory, loaded, local, clients, rule, plan, situation, own)
         state = _rounds(work, client, state, keeper, start.adapter)
         warnings = hostile.warning(config, partition) + warnings_of(schedule, client, keeper.records)
         warnings += left_out(schedule, keeper.records, situation.targets)
+        warnings += personal.remind(config, situation.targets)
         seen = requests.seen_after(config, rows, loaded.adapter_path, source)
-        loaded, local, adapter = _served(work, state)
-        _save(directory, loaded, local, adapter, clients, seen)
+        loaded, local, adapter = _served(work, own.served(state))
+        save_run(directory, loaded, local, adapter, clients, seen)
+        personal.Personal(config, directory, loaded, local, adapter, clients).finish(own, state)
         directory.note(privacy=privacy.end(config, accountant, keeper.records, state, source))
         directory.note(rounds=keeper.records, warnings=warnings, adapter=adapter.digest())
         result = _evaluate_after(config, loaded, directory)
@@ -227,6 +234,7 @@ class _Training:
     rule: Aggregator
     plan: Plan
     situation: Situation
+    own: OwnFactors
 
 
 def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeeper, start: AdapterState) -> ServerState:
@@ -234,7 +242,7 @@ def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeep
     config, directory, schedule, args = work.config, work.directory, work.plan.schedule, work.local.args
     with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
         reporter = Reporter(schedule, state.round, track)
-        between = RoundEvaluation(config, work.loaded, schedule, work.clients, args.eval_strategy, track)
+        between = RoundEvaluation(config, work.loaded, schedule, work.clients, args.eval_strategy, track, work.own)
         client.on_step, keeper.listener = reporter.stepped, Listeners((reporter, between))
         keeper.on_save = lambda _: directory.note(rounds=keeper.records)
         keeper.history = recipes.keep_history(config, directory, work.rule, schedule, state)
@@ -258,7 +266,8 @@ def _served(work: _Training, state: ServerState) -> tuple[LoadedModel, Local, Ad
         return isolated.joined(work.plan, work.rule, work.situation, work.directory.path, (work.loaded, work.local))
     if state.base_residual is not None:
         return isolated.with_residual(work.loaded, work.local, state)
-    return second.finish(work.directory, work.loaded, work.local, state.adapter)
+    adapter = cores.end(work.loaded, state.adapter)
+    return second.finish(work.directory, work.loaded, work.local, adapter)
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
@@ -271,31 +280,6 @@ def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> 
     state, records = found
     say(f"resuming after round {state.round}")
     return state, RunKeeper(records=records, checkpoints=checkpoints)
-
-
-def _save(
-    directory: RunDir,
-    loaded: LoadedModel,
-    local: Local,
-    adapter: AdapterState,
-    clients: Mapping[str, ClientData],
-    seen: Sequence[str],
-) -> None:
-    save_adapter(loaded.model, adapter, directory.path)
-    try:
-        loaded.tokenizer.save_pretrained(directory.path)
-    except OSError as e:
-        raise ArtifactError(f"cannot write the tokenizer to {directory.path}: {e.strerror or e}") from e
-    origin: dict[str, Any] = {
-        "base": loaded.base,
-        "base_fingerprint": loaded.fingerprint,
-        "adapter": adapter.digest(),
-    }
-    write_json(directory.path / TRAIN_ROWS_FILE, list(seen))
-    probe = forget_loss(local, clients)  # save_adapter has written the final adapter into the model
-    if probe is not None:
-        origin["forget_loss"] = probe
-    write_json(directory.path / ORIGIN_FILE, origin)
 
 
 def _evaluate_after(config: RunConfig, loaded: LoadedModel, directory: RunDir) -> EvalResult | None:

@@ -65,11 +65,12 @@ def read_source(place: Path) -> tuple[Source, RunConfig]:
     args = made.model.model_args
     try:
         rounds = record.get("rounds") or []
+        sent = [*rounds, *(record.get("beside_rounds") or {}).values()]
         source = Source(
             directory=place,
             participants=tuple(tuple(r["clients"]) for r in rounds),
             client_steps=int(sum(m.get("steps", 0) for r in rounds for m in r["metrics"].values())),
-            nbytes=sum(r["bytes_down"] + r["bytes_up"] for r in rounds),
+            nbytes=sum(r["bytes_down"] + r["bytes_up"] for r in sent),
             aggregator=rule.name if rule else "none",
             mean_step=rule.mean_step if rule else None,
             kept=History(place).settings,

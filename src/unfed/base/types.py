@@ -168,7 +168,8 @@ class Broadcast:
     ``adapter`` is what a client starts from, unless ``own`` holds another for it (one of its own rank). ``residual``
     are LoRA factors of scaling 1 that act beneath the adapter and do not train. ``frozen`` names tensors that are held
     fixed this round and do not travel back; ``local`` names tensors that train and stay at their client from round to
-    round, never travelling (where ``adapter`` has them, it says their shape, and what a client begins with).
+    round, never travelling (where ``adapter`` has them, it says their shape, and what a client begins with). ``known``
+    names tensors that the clients have from before the first round, and that are not sent again.
     """
 
     adapter: AdapterState
@@ -176,6 +177,12 @@ class Broadcast:
     frozen: frozenset[str] = frozenset()
     local: frozenset[str] = frozenset()
     own: Mapping[str, AdapterState] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()
+
+    @property
+    def stay(self) -> frozenset[str]:
+        """Tensors that do not come back: held fixed, or kept by the client."""
+        return self.frozen | self.local
 
     def start(self, client_id: str) -> AdapterState:
         """The adapter that a client begins with."""
@@ -183,14 +190,12 @@ class Broadcast:
 
     def returned(self, client_id: str) -> AdapterState:
         """The tensors of :meth:`start` that come back: names, shapes and dtypes of a proper update."""
-        stay = self.frozen | self.local
-        start = self.start(client_id)
-        return start.without(stay) if stay else start
+        return self.start(client_id).without(self.stay)
 
     def nbytes(self, client_ids: Iterable[str]) -> int:
         """Bytes that reach the clients, uncompressed."""
         fixed = 0 if self.residual is None else self.residual.nbytes
-        return sum(self.start(c).without(self.local).nbytes + fixed for c in client_ids)
+        return sum(self.start(c).without(self.local | self.known).nbytes + fixed for c in client_ids)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from unfed.base.errors import nearest
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
+from unfed.config.checks_personal import personal_settings
 from unfed.config.checks_privacy import privacy_settings
 from unfed.config.checks_recipe import recipe_settings
 from unfed.config.checks_robust import hostile_settings, robust_settings
@@ -282,6 +283,7 @@ CHECKS = (
     _wrapper,
     recipe_settings,
     privacy_settings,
+    personal_settings,
     _federation,
     robust_settings,
     hostile_settings,

@@ -156,6 +156,14 @@ class HistoryConfig:
 
 
 @dataclass(frozen=True)
+class PersonaliseConfig:
+    """``epochs``: of each client's fine-tuning of the served adapter on its own rows after the last round; 0: none."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    epochs: float = 0.0
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     __pydantic_config__: ClassVar[Any] = STRICT
     name: Literal["inprocess"] = "inprocess"
@@ -259,6 +267,7 @@ class RunConfig:
     robust: RobustConfig | None = None
     hostile: HostileConfig | None = None
     history: HistoryConfig = HistoryConfig()
+    personalise: PersonaliseConfig = PersonaliseConfig()
     forget: ForgetConfig = ForgetConfig()
     engine: EngineConfig = EngineConfig()
     partition: PartitionConfig = PartitionConfig()

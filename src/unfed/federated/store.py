@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 from unfed.base.artifacts import read_tensors
 from unfed.base.types import AdapterState
@@ -18,15 +19,28 @@ CLIENTS_DIR = "clients"
 _NAME = re.compile(r"round_(\d{5})\.safetensors")
 
 
+def client_dir(client_id: str) -> str:
+    """A client's directory below ``clients``: its name, with ``%XX`` for what a file's name may not hold."""
+    name = quote(client_id, safe=" ")
+    return "%2E" + name[1:] if name.startswith(".") else name
+
+
 class ClientStore:
     """Adapters of clients by kind and round: in memory, or, with a directory, as files that their owner alone may read.
 
     ``keep``: entries of a client and kind that stay; a run that resumes goes back by one round less at most.
+    ``before``: what a client has of a kind (client, kind) before it has put anything.
     """
 
-    def __init__(self, directory: Path | None = None, keep: int = 3) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        keep: int = 3,
+        before: Callable[[str, str], AdapterState | None] = lambda client_id, kind: None,
+    ) -> None:
         self._root = None if directory is None else directory / CLIENTS_DIR
         self._keep = max(2, keep)
+        self._before = before
         self._held: dict[tuple[str, str], dict[int, AdapterState]] = {}
 
     def get(self, client_id: str, kind: str, round_: int) -> AdapterState | None:
@@ -36,7 +50,7 @@ class ClientStore:
         """
         entries = self._entries(client_id, kind)
         known = [n for n in entries if n < round_]
-        return entries[max(known)]() if known else None
+        return entries[max(known)]() if known else self._before(client_id, kind)
 
     def put(self, client_id: str, kind: str, round_: int, state: AdapterState) -> None:
         """Keep ``state`` as what the client has after round ``round_`` (from 0); what is of later rounds is dropped."""
@@ -57,7 +71,7 @@ class ClientStore:
 
     def _place(self, client_id: str, kind: str) -> Path:
         assert self._root is not None
-        return self._root / client_id / kind
+        return self._root / client_dir(client_id) / kind
 
     def _files(self, place: Path) -> Iterator[tuple[int, Path]]:
         for file in sorted(place.glob("round_*.safetensors")) if place.is_dir() else ():

@@ -52,14 +52,26 @@ class Run:
         """Seconds, rounds and bytes; ``None`` for a run without rounds."""
         if not self.rounds:
             return None
+        sent = [*self.rounds, *(mapping(m) for m in mapping(self.record.get("beside_rounds")).values())]
         errors = [e for r in self.rounds if (e := _finite(r.get("aggregation_error"))) is not None]
         return Cost(
             seconds=sum(_finite(r.get("seconds")) or 0.0 for r in self.rounds),
             rounds=len(self.rounds),
-            bytes_up=int(sum(_finite(r.get("bytes_up")) or 0 for r in self.rounds)),
-            bytes_down=int(sum(_finite(r.get("bytes_down")) or 0 for r in self.rounds)),
+            bytes_up=int(sum(_finite(r.get("bytes_up")) or 0 for r in sent)),
+            bytes_down=int(sum(_finite(r.get("bytes_down")) or 0 for r in sent)),
             aggregation_error=max(errors, default=None),
         )
+
+    def own_adapters(self) -> list[str]:
+        """What is to be said of adapters that its clients keep for themselves, if they do."""
+        made = mapping(self.record.get("personal"))
+        before, after = (_finite(made.get(k)) for k in ("before_mean", "after_mean"))
+        if before is None or after is None:
+            return []
+        words = (
+            "its clients have adapters of their own, which no score on this page is of: the mean probability of their"
+        )
+        return [f"{words} own answers is {after:.2f} with those and {before:.2f} with the served one."]
 
     def losses(self) -> list[tuple[str, float]]:
         """(phase, mean of the clients' mean losses) of each round; NaN where no client reported one."""

@@ -291,6 +291,7 @@ def _remarks(item: Item, name: str) -> list[str]:
         status = run.record.get("status")
         if status not in (None, "finished"):
             found.append(f"{name}: {run.place} is marked {status!r}: it did not come to its end.")
+        found += [f"{name}: {words}" for words in run.own_adapters()]
         warnings = run.record.get("warnings")
         found += [f"{name}: {w}" for w in warnings] if isinstance(warnings, list) else []
     return found

@@ -48,7 +48,9 @@ class AdapterRule(Hyperparameters):
     ``steps`` says what a server optimizer may do with the result: ``factors``: it moves the factors towards the merged
     ones, entry by entry; ``weights``: the rule itself takes a multiple of the mean update of the effective weights, or
     momentum on it; ``mean``: the merged adapter is taken as it is, and only plain averaging is defined.
-    ``linear``: the merged tensors are the weighted means of the clients'.
+    ``linear``: the merged tensors are the weighted means of the clients'. ``whole_at_server``: what it holds between
+    rounds is one ordinary adapter, the one that all clients train; where it is not, recipes that reckon with whole
+    adapters at the server, history and full-parameter training are refused, with ``why_not_whole``.
     """
 
     title: ClassVar[str]
@@ -56,6 +58,8 @@ class AdapterRule(Hyperparameters):
     unequal_ranks: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     steps: ClassVar[Steps] = "factors"
+    whole_at_server: ClassVar[bool] = True
+    why_not_whole: ClassVar[str] = ""
     scaling: Scaling = 1.0
     probe_seed: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
