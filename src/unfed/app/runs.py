@@ -161,7 +161,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
         clients = recipes.with_proxy(config, rows, encode.encode_clients(config, loaded, rows, partition))
-        rule = build.server_rule(config, loaded)
+        rule = build.server_rule(config, loaded, partition)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         schedule = plan.schedule
         rule, accountant = privacy.begin(config, schedule, clients, args, rule, source)

@@ -12,6 +12,7 @@ from unfed.base.errors import nearest
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_privacy import privacy_settings
+from unfed.config.checks_ranks import ranks_and_rules
 from unfed.config.checks_recipe import recipe_settings
 from unfed.config.schema import (
     AGGREGATORS,
@@ -280,6 +281,7 @@ CHECKS = (
     recipe_settings,
     privacy_settings,
     _federation,
+    ranks_and_rules,
     _lora,
     _data,
     alternate_problems,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from unfed.aggregation.adapters.ranks import padded
 from unfed.aggregation.base import Aggregator
 from unfed.base.types import Broadcast, ClientFailure, ClientUpdate, Combined, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
@@ -34,7 +35,9 @@ class RoundListener:
 
 @dataclass
 class _Screening:
-    """Lets usable updates through, with what did not travel filled in; remembers what was dropped, what was sent."""
+    """Lets usable updates through, whole: what did not travel filled in, ranks that a client has not with zeros.
+
+    Remembers what was dropped and what was sent."""
 
     sent: Broadcast
     failures: dict[str, str] = field(default_factory=dict)
@@ -56,6 +59,8 @@ class _Screening:
                 continue
             self.metrics[answer.client_id] = dict(answer.metrics)
             whole = answer.adapter.filled(self.sent.start(answer.client_id))
+            if answer.client_id in self.sent.own:
+                whole = padded(whole, self.sent.adapter)
             yield answer if whole is answer.adapter else replace(answer, adapter=whole)
 
 

@@ -9,11 +9,14 @@ from typing import Any
 from unfed.aggregation.adapters.base import AdapterRule
 from unfed.aggregation.adapters.exact import FedEx, FLoRA
 from unfed.aggregation.adapters.fedit import FedIT
+from unfed.aggregation.adapters.flexlora import FlexLoRA
+from unfed.aggregation.adapters.hetlora import HetLoRA
+from unfed.aggregation.adapters.lora_fair import LoRAFair
 from unfed.aggregation.adapters.one_factor import FFALoRA, RoLoRA
 from unfed.base import params as hyper
 from unfed.base.errors import nearest
 
-_RULES = (FedIT, FFALoRA, RoLoRA, FLoRA, FedEx)
+_RULES = (FedIT, FFALoRA, RoLoRA, FLoRA, FedEx, FlexLoRA, HetLoRA, LoRAFair)
 ADAPTER_RULES: Mapping[str, type[AdapterRule]] = MappingProxyType({cls.title: cls for cls in _RULES})
 
 
