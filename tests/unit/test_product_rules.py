@@ -395,7 +395,7 @@ def test_the_regulariser_is_added_once_a_step(small_local, small_examples) -> No
     assert objective.name == "NLL+pruning" and objective.needs.tail == 0.5
     restore(local.model, AdapterState({n: torch.full_like(t, 0.1) for n, t in snapshot(local.model).items()}))
     tail = Tail(local.model, 4, 0.5)
-    before = float(tail.norm())
+    before = float(tail.norm().detach())
     rows = TrainRows({"train": small_examples[:4]})
     plan = BatchPlan(rows, "train", frozenset({"train"}), 2, 2, ("fit", 0, "c"), 0)
     result = local.train(LocalTask(plan, objective, 1.0), Companions(tail=tail))
