@@ -400,3 +400,16 @@ def test_the_regulariser_is_added_once_a_step(small_local, small_examples) -> No
     plan = BatchPlan(rows, "train", frozenset({"train"}), 2, 2, ("fit", 0, "c"), 0)
     result = local.train(LocalTask(plan, objective, 1.0), Companions(tail=tail))
     assert result.steps == 1 and result.parts["pruning"] == pytest.approx(0.25 * before, rel=1e-5)
+
+
+def test_pruning_and_privacy_do_not_go_together(small_run, tmp_path) -> None:
+    """Which rank a client gives up is told by its data, and no noise covers that."""
+    from unfed.config.checks_ranks import ranks_and_rules
+    from unfed.config.schema import AggregatorConfig, PrivacyConfig
+
+    def said(**settings: float) -> list[str]:
+        rule = AggregatorConfig("FedAvg", {"adapter": "hetlora", "adapter_args": settings})
+        return list(ranks_and_rules(small_run("finetune", tmp_path, aggregator=rule, privacy=PrivacyConfig("local"))))
+
+    assert len(said()) == 1 and "privacy=local does not cover" in said()[0]
+    assert said(gamma=1) == []

@@ -22,6 +22,11 @@ def ranks_and_rules(config: RunConfig) -> Iterator[str]:
     name = aggregator.params.get("adapter") if aggregator is not None else None
     if name not in (None, "fedit") and not config.model.model_args.use_lora:
         yield f"aggregator.adapter={name}: works on LoRA factors; set model.model_args.use_lora=true, or adapter=fedit"
+    if name == "hetlora" and config.privacy is not None and _gamma(config) < 1:
+        yield (
+            f"aggregator.adapter=hetlora: what rank a client gives up follows from its rows, which privacy="
+            f"{config.privacy.name} does not cover; set aggregator.adapter_args={{gamma: 1}}"
+        )
     if ranks is None:
         return
     if trainer.handler not in FEDERATED_TRAINERS:
@@ -34,6 +39,14 @@ def ranks_and_rules(config: RunConfig) -> Iterator[str]:
         yield f"{shown(ranks)}: must be a rank of at least 1, or one for each client"
     elif (clients := trainer.method_args.num_clients) and (problem := count_problem(config, clients)):
         yield problem
+
+
+def _gamma(config: RunConfig) -> float:
+    from unfed.aggregation.adapters.hetlora import HetLoRA
+
+    assert config.aggregator is not None
+    given = config.aggregator.params.get("adapter_args") or {}
+    return float(given.get("gamma", HetLoRA().gamma))
 
 
 def count_problem(config: RunConfig, clients: int) -> str | None:
