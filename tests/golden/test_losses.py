@@ -159,6 +159,9 @@ class PlainContext:
         parameters = self.policy.named_parameters()
         return torch.stack([(p - self.origin[n]).square().sum() for n, p in parameters]).sum()
 
+    def tail_norm(self) -> Tensor:
+        raise NotImplementedError
+
     def micro_share(self) -> float:
         mine, whole = next((len(self.batches[s]), len(self.whole[s])) for s in self.batches)
         return mine / whole

@@ -131,6 +131,9 @@ class GivenContext:
     def adapter_distance_sq(self) -> Tensor:
         return torch.tensor(9.0)
 
+    def tail_norm(self) -> Tensor:
+        raise NotImplementedError
+
     def micro_share(self) -> float:
         return 0.25
 

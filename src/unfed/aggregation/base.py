@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
-from unfed.aggregation.adapters.base import AdapterRule
+from unfed.aggregation.adapters.base import AdapterRule, Pace
 from unfed.aggregation.adapters.fedit import FedIT
 from unfed.base.errors import AdapterError
 from unfed.base.params import Hyperparameters, choice
@@ -153,6 +153,11 @@ class WeightedMean(Hyperparameters):
         """Not linear, unless a rule says otherwise."""
         return None
 
+    @property
+    def pace(self) -> Pace | None:
+        """Its step on effective weights, for adapter rules that take one; ``None``: it is not defined on them."""
+        return None
+
     def weight(self, num_examples: int) -> float:
         """See :meth:`Aggregator.weight`."""
         return float(num_examples) if self.weighting == "examples" else 1.0
@@ -191,7 +196,8 @@ class WeightedMean(Hyperparameters):
             merged.error,
             merged.error_is_estimate,
             merged.residual,
-            {name: slot for filtering in filterings for name, slot in filtering.slots().items()},
+            {n: slot for filtering in filterings for n, slot in filtering.slots().items()}
+            | dict(self.adapters.remembered(start, counted)),
             {f.name: dict(x.notes()) for f, x in zip(self.filters, filterings, strict=True)},
         )
         if self.noise is None:
@@ -224,6 +230,8 @@ class WeightedMean(Hyperparameters):
 
     def _stepped(self, own: OptState, state: ServerState, combined: Combined) -> tuple[OptState, AdapterState]:
         own = own or self.init(state.adapter)
+        if self.adapters.steps == "weights" and (pace := self.pace) is not None:
+            return self.adapters.step(own, state, combined, pace)
         stay = self.broadcast(state, combined.client_ids).stay
         if not stay:
             return self.step(own, state.adapter, combined)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unfed.aggregation.adapters.base import Pace
 from unfed.aggregation.base import WeightedMean
 from unfed.aggregation.tree import delta, full_like, moved, zip_map
 from unfed.base.params import number
@@ -23,6 +24,11 @@ class FedAvg(WeightedMean):
     def mean_step(self) -> float | None:
         """``server_lr``, where nothing but the mean of the factors comes to it."""
         return self.server_lr if self.adapters.linear and not self.filters and self.noise is None else None
+
+    @property
+    def pace(self) -> Pace:
+        """A step of ``server_lr``."""
+        return Pace(self.server_lr)
 
     def init(self, adapter: AdapterState) -> OptState:
         """No state."""
@@ -55,6 +61,11 @@ class FedAvgM(WeightedMean):
 
     server_lr: float = number(1.0, above=0)
     momentum: float = number(0.9, at_least=0, below=1)
+
+    @property
+    def pace(self) -> Pace:
+        """A step of ``server_lr`` along the momentum."""
+        return Pace(self.server_lr, self.momentum)
 
     def init(self, adapter: AdapterState) -> OptState:
         """``m = 0``."""

@@ -8,7 +8,7 @@ measures the relative Frobenius distance over all modules without forming a matr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,16 +23,17 @@ NUM_PROBES = 16
 _FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 
 
-def lora_pairs(adapter: AdapterState) -> dict[str, tuple[str, str]]:
+def lora_pairs(adapter: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Module name -> (name of A, name of B) for each module whose two factors are both in ``adapter``.
 
     ``A`` is ``(r, n)`` and ``B`` is ``(m, r)`` (a convolution's trailing dimensions count into ``n``).
     """
     pairs: dict[str, tuple[str, str]] = {}
-    for name in adapter:
+    names = dict.fromkeys(adapter)
+    for name in names:
         for a_suffix, b_suffix in _FACTORS:
             module = name.removesuffix(a_suffix)
-            if module != name and module + b_suffix in adapter:
+            if module != name and module + b_suffix in names:
                 pairs[module] = (name, module + b_suffix)
     return pairs
 

@@ -11,6 +11,7 @@ from unfed.aggregation.privacy import privacy_problems
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
 from unfed.aggregation.robust_registry import SCREENING, build_robust, robust_problems
 from unfed.app.progress import say
+from unfed.app.ranks import client_ranks, refuse_dora
 from unfed.app.rundir import PARTITION_FILE, RUN_FILE
 from unfed.base.artifacts import digest_json, read_json
 from unfed.base.errors import ArtifactError, ConfigError, DataError, UnfedError
@@ -24,7 +25,7 @@ from unfed.data.partition import Partition, PartitionSpec, make_partition
 from unfed.federated.client import ClientData
 from unfed.federated.schedule import Participation
 from unfed.federated.screening import ScreeningSettings
-from unfed.models.adapter import lora_scaling
+from unfed.models.adapter import live_tensors, lora_scaling
 from unfed.models.load import LoadedModel
 from unfed.objectives.registry import objective_problems
 from unfed.objectives.wrappers import wrapper_problems
@@ -159,8 +160,15 @@ def _was_trained_here(place: Path) -> bool:
 def settle_partition(config: RunConfig, rows: Rows) -> tuple[Partition, str]:
     """Who owns what, and a sentence on where that comes from.
 
-    Raises ``UnfedError`` when the manifest and ``num_clients`` disagree, or rows belong to nobody.
+    Raises ``UnfedError`` when the manifest and ``num_clients`` disagree, rows belong to nobody, or ranks do not fit.
     """
+    partition, where = _settled(config, rows)
+    if is_federated(config):
+        client_ranks(config, partition.client_ids)
+    return partition, where
+
+
+def _settled(config: RunConfig, rows: Rows) -> tuple[Partition, str]:
     assert config.trainer is not None
     asked = config.trainer.method_args.num_clients
     everything = rows.every()
@@ -235,14 +243,22 @@ def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str
     return [target]
 
 
-def server_rule(config: RunConfig, loaded: LoadedModel) -> Aggregator:
-    """The aggregation rule, told the adapter's scaling."""
+def server_rule(config: RunConfig, loaded: LoadedModel, partition: Partition) -> Aggregator:
+    """The aggregation rule, told the adapter's scaling and the clients' ranks.
+
+    Raises ``ConfigError`` for an adapter that it cannot average.
+    """
     if config.aggregator is None:
         return build_aggregator("FedAvg", {})
     scaling = lora_scaling(loaded.model) or 1.0
     rule = build_aggregator(
-        config.aggregator.name, config.aggregator.params, lora_scaling=scaling, probe_seed=config.seed
+        config.aggregator.name,
+        config.aggregator.params,
+        lora_scaling=scaling,
+        probe_seed=config.seed,
+        ranks=client_ranks(config, partition.client_ids) if is_federated(config) else None,
     )
+    refuse_dora(rule, live_tensors(loaded.model))
     given = config.robust
     if given is None or given.name == SCREENING:
         return rule

@@ -11,7 +11,7 @@ from typing import Any
 from unfed.aggregation.adapters.fedit import FedIT
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import ADAPTER
-from unfed.app import build
+from unfed.app import build, ranks
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RunDir
 from unfed.app.schedules import alone, finetune_schedule, ingredients_of
@@ -224,6 +224,7 @@ def plan_of(
         assert isinstance(recipe, Isolated)
         return recipe.first(given), {}
     plan = recipe.plan(given)
+    ranks.refuse_own_rules(plan.schedule, rule)
     if config.forget.given:  # a forget_split is chosen by hand, and a method that cannot do with it is refused
         plan = replace(plan, schedule=alone(plan.schedule, clients))
     cost = expected_cost(plan, clients, args, given.start.nbytes)

@@ -177,7 +177,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         check_tokens(config, loaded)
         clients = encode.encode_clients(config, loaded, rows, partition)
         clients = recipes.with_proxy(config, rows, hostile.wronged(config, loaded, rows, partition, clients))
-        rule = build.server_rule(config, loaded)
+        rule = build.server_rule(config, loaded, partition)
         local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
         cores.begin(directory, rule, loaded, local, clients)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)

@@ -20,6 +20,7 @@ from unfed.models.load import LoadedModel
 from unfed.objectives.base import Objective
 from unfed.objectives.nll import NLL
 from unfed.objectives.proximal import Proximal
+from unfed.objectives.pruning import Pruning
 from unfed.objectives.retain import WithRetain
 from unfed.objectives.wrapper import Wrapper, layers
 from unfed.training.args import LoopArgs
@@ -34,7 +35,7 @@ def finetune_schedule(
     assert config.trainer is not None
     owners = [c for c, d in clients.items() if d.splits["train"]]
     rounds = config.trainer.method_args.global_rounds if is_federated(config) else 1
-    return finetune(owners, _proximal(NLL(), rule), args.num_train_epochs, rounds)
+    return finetune(owners, _plain(rule), args.num_train_epochs, rounds)
 
 
 def ingredients_of(
@@ -44,7 +45,7 @@ def ingredients_of(
     has no method: its ``forget`` is plain training, too."""
     assert config.trainer is not None
     given = config.trainer.method_args
-    plain = _proximal(NLL(), rule)
+    plain = _plain(rule)
     return Ingredients(
         situation=situation,
         forget=plain if config.mode == "finetune" else _proximal(unlearning_objective(config), rule),
@@ -93,17 +94,26 @@ def resolved_settings(schedule: Schedule, rule: Aggregator) -> dict[str, dict[st
     """
     found: dict[str, dict[str, Any]] = {}
     for client, work in (w for phase in schedule.phases for w in phase.work.items()):
-        parts = [part for part in layers(work.objective) if not isinstance(part, Proximal)]  # its mu is the rule's
+        parts = [part for part in layers(work.objective) if not isinstance(part, Proximal | Pruning)]  # a rule's
         filters = rule.filters if isinstance(rule, WeightedMean) else ()
         for part in (*reversed(parts), rule, *filters):
             if isinstance(part, Hyperparameters):
                 name = part.title if isinstance(part, Wrapper) else part.name
                 if found.setdefault(name, part.settings()) != part.settings():
                     found[f"{name} of {client}"] = part.settings()
-    if rule.adapters.name != FedIT.title:
-        found[f"adapters {rule.adapters.name}"] = rule.adapters.settings()
+    adapters = rule.adapters
+    if adapters.name != FedIT.title or adapters.ranks:
+        ranks = {"ranks": dict(adapters.ranks)} if adapters.ranks else {}
+        found[f"adapters {adapters.name}"] = adapters.settings() | ranks
     return found
 
 
+def _plain(rule: Aggregator) -> Objective:
+    """Plain training, in which HetLoRA's clients give ranks up."""
+    pruning = rule.adapters.pruning
+    return _proximal(NLL() if pruning is None else Pruning(NLL(), *pruning), rule)
+
+
 def _proximal(objective: Objective, rule: Aggregator) -> Objective:
+    """With what the server's rule adds to every client's loss."""
     return Proximal(objective, rule.client_proximal_mu) if rule.client_proximal_mu > 0 else objective

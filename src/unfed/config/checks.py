@@ -13,6 +13,7 @@ from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_personal import personal_settings
 from unfed.config.checks_privacy import privacy_settings
+from unfed.config.checks_ranks import ranks_and_rules
 from unfed.config.checks_recipe import recipe_settings
 from unfed.config.checks_robust import hostile_settings, robust_settings
 from unfed.config.schema import (
@@ -287,6 +288,7 @@ CHECKS = (
     _federation,
     robust_settings,
     hostile_settings,
+    ranks_and_rules,
     _lora,
     _data,
     alternate_problems,

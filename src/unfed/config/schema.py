@@ -175,7 +175,8 @@ class PartitionConfig:
     """``target``: the target client owns every forget row and the rest is dealt by ``rest`` (``target_shares``: to the
     target as well; false: it owns nothing else, and can leave as a whole).
     ``author`` keeps a person's rows together, ``topic`` those of a topic. ``alpha``: concentration of the Dirichlet
-    schemes; ``over``: whose rows each draw of ``dirichlet`` spreads."""
+    schemes; ``over``: whose rows each draw of ``dirichlet`` spreads. ``ranks``: LoRA ranks of the clients in
+    order, or one for all (``None``: the adapter's)."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
     scheme: Literal["target", "iid", "author", "topic", "dirichlet", "quantity", "file"] = "target"
@@ -185,6 +186,7 @@ class PartitionConfig:
     topics: int | None = None  # how many; None: by the number of rows
     target_shares: bool = True
     manifest: str | None = None  # a partition.json, or a file of client -> rows, to use instead
+    ranks: tuple[int, ...] | int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from unfed.aggregation.adapters.ranks import padded
+from unfed.aggregation.adapters.ranks import padded, truncated
 from unfed.aggregation.gaussian import clipped, plus_noise
+from unfed.aggregation.lora import lora_pairs
 from unfed.aggregation.privacy import ExamplePrivacy, LocalPrivacy, Privacy
 from unfed.base.errors import UnfedError
 from unfed.base.seeding import torch_generator
@@ -21,7 +22,7 @@ from unfed.models.adapter import held, restore, snapshot
 from unfed.models.residual import put_residual
 from unfed.objectives.base import Objective
 from unfed.training.batches import BatchPlan, TrainRows
-from unfed.training.context import Anchor, Companions, Reference
+from unfed.training.context import Anchor, Companions, Reference, Tail
 from unfed.training.extent import Share
 from unfed.training.fisher import Fisher
 from unfed.training.loop import Local, LocalTask, StepEvent, TrainResult
@@ -67,7 +68,8 @@ class Client:
         restore(self.local.model, begin)
         put_residual(self.local.model, broadcast.residual)
         with held(self.local.model, broadcast.frozen):
-            result = self._train(task, broadcast, begin, client_id)
+            tail = self._tail(task, broadcast, client_id)
+            result = self._train(task, broadcast, begin, client_id, tail)
         after = snapshot(self.local.model)
         if broadcast.local:
             self.store.put(client_id, OWN, task.round, AdapterState({n: after[n] for n in broadcast.local}))
@@ -79,7 +81,19 @@ class Client:
         if isinstance(self.privacy, LocalPrivacy):
             after = self._noised(self.privacy, sent, after, ("local", task.round, client_id))
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
-        return ClientUpdate(client_id, after, result.num_examples, _finite(metrics))
+        nbytes = None
+        if tail is not None and tail.shrank():
+            left = truncated(after, tail.keep)
+            after, nbytes = padded(left, after), left.nbytes
+            metrics["rank"] = float(tail.keep)
+        return ClientUpdate(client_id, after, result.num_examples, _finite(metrics), nbytes)
+
+    def _tail(self, task: FitTask, broadcast: Broadcast, client_id: str) -> Tail | None:
+        """The rank components that the client may give up, as they are before it trains."""
+        share = task.phase.work[client_id].objective.needs.tail
+        start = broadcast.start(client_id)
+        ranks = [start[a].shape[0] for a, _ in lora_pairs(start).values()]
+        return None if share is None or not ranks else Tail(self.local.model, max(ranks), share)
 
     def _noised(
         self, settings: LocalPrivacy, sent: AdapterState, after: AdapterState, purpose: tuple[str | int, ...]
@@ -96,7 +110,9 @@ class Client:
         own = self.store.get(client_id, OWN, task.round) if broadcast.local else None
         return begin if own is None else own.filled(begin)
 
-    def _train(self, task: FitTask, broadcast: Broadcast, begin: AdapterState, client_id: str) -> TrainResult:
+    def _train(
+        self, task: FitTask, broadcast: Broadcast, begin: AdapterState, client_id: str, tail: Tail | None
+    ) -> TrainResult:
         work = task.phase.work[client_id]
         rows = TrainRows(self.data[client_id].splits)
         needs = work.objective.needs
@@ -125,7 +141,8 @@ class Client:
             constraint,
             private,
         )
-        result = local.train(local_task, self._beside(work.objective, plan, begin, broadcast.residual))
+        beside = self._beside(work.objective, plan, begin, broadcast.residual)
+        result = local.train(local_task, replace(beside, tail=tail))
         self.curves.setdefault(task.phase.name, []).append(result.curve)
         return result
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from unfed.aggregation.adapters.base import Scaling
+from unfed.aggregation.adapters.ranks import padded
 from unfed.aggregation.geometry import Over, Space
 from unfed.base.types import SERVER, Broadcast, ClientFailure, ClientUpdate
 
@@ -60,6 +61,8 @@ class Screening:
                 continue
             self.metrics[answer.client_id] = dict(answer.metrics)
             whole = answer.adapter.filled(self.sent.start(answer.client_id))
+            if answer.client_id in self.sent.own:
+                whole = padded(whole, self.sent.adapter)
             yield answer if whole is answer.adapter else replace(answer, adapter=whole)
 
     def _problems(self, update: ClientUpdate) -> list[str]:
@@ -85,7 +88,8 @@ class Screening:
         for over, what in kinds.items():
             lengths = {}
             for update in clients:
-                space = Space.of(self.sent.start(update.client_id), self.settings.scaling, over)
+                start = padded(self.sent.start(update.client_id), self.sent.adapter)
+                space = Space.of(start, self.settings.scaling, over)
                 lengths[update.client_id] = space.norm(update.adapter)
             median = statistics.median(lengths.values()) if len(lengths) >= FEWEST else 0.0
             for client, length in lengths.items():

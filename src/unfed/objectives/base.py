@@ -36,7 +36,8 @@ class Needs:
     log-probabilities of the labelled tokens (``reference``; these can be cached), its whole distribution
     or hidden states at each position (``reference_distribution``; a second forward pass each time), and the weights
     that the round began with (``anchor``). ``fisher_rows``: the Fisher information of so many retain rows where
-    unlearning starts (0: none). ``scope``: the weights that the objective is confined to."""
+    unlearning starts (0: none). ``scope``: the weights that the objective is confined to. ``tail``: the share of a
+    client's LoRA rank above which components are measured, and given up where they shrink (``None``: none)."""
 
     splits: frozenset[Split]
     reference: bool = False
@@ -44,6 +45,7 @@ class Needs:
     anchor: bool = False
     scope: Scope | None = None
     fisher_rows: int = 0
+    tail: float | None = None
 
 
 class StepContext(Protocol):
@@ -143,6 +145,11 @@ class StepContext(Protocol):
     def fisher_distance_sq(self) -> Tensor:
         """As ``adapter_distance_sq`` from the weights that unlearning starts from, each entry weighted with its Fisher
         information there. Needs ``Needs.fisher_rows``."""
+        ...
+
+    def tail_norm(self) -> Tensor:
+        """``sum ||B[:, k:]||_F ||A[k:]||_F`` over the LoRA modules, ``k`` the share ``Needs.tail`` of the client's
+        rank: a scalar, differentiable. Needs ``Needs.tail``."""
         ...
 
     def micro_share(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unfed.aggregation.lora import lora_pairs
 from unfed.base.errors import UnfedError
 from unfed.base.types import IGNORE_INDEX, AdapterState, Batch, Split
 from unfed.models.adapter import WeightSwap, live_tensors
@@ -84,6 +85,38 @@ class Anchor:
         return torch.stack([(p.float() - a).square().sum() for p, a in self._pairs]).sum()
 
 
+class Tail:
+    """The last rank components of a client's LoRA modules, from ``keep`` to its rank: HetLoRA's candidates for pruning.
+
+    ``keep`` is the share of the rank that stays, rounded down, and 1 at least.
+    """
+
+    def __init__(self, model: nn.Module, rank: int, share: float) -> None:
+        self.keep = max(1, int(share * rank))
+        by_storage = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+        live = live_tensors(model)
+        places = [(live[a].data_ptr(), live[b].data_ptr()) for a, b in lora_pairs(live).values()]
+        self._pairs = [(by_storage[a], by_storage[b]) for a, b in places if a in by_storage and b in by_storage]
+        self._rank = rank
+        with torch.no_grad():
+            self._before = float(self.norm())
+
+    def norm(self) -> Tensor:
+        """See :meth:`unfed.objectives.base.StepContext.tail_norm`; float32."""
+        part = slice(self.keep, self._rank)
+        norms = [_length(b[:, part]) * _length(a[part]) for a, b in self._pairs]
+        return torch.stack(norms).sum()
+
+    def shrank(self) -> bool:
+        """Whether it is smaller now than when this object was made, so that the client gives the components up."""
+        with torch.no_grad():
+            return self.keep < self._rank and float(self.norm()) < self._before
+
+
+def _length(part: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(part.float())
+
+
 @dataclass(frozen=True)
 class Companions:
     """What goes beside the policy in a phase."""
@@ -91,6 +124,7 @@ class Companions:
     reference: Reference | None = None
     anchor: Anchor | None = None
     fisher: Fisher | None = None
+    tail: Tail | None = None
 
 
 class ModelContext:
@@ -206,6 +240,12 @@ class ModelContext:
         if self._beside.fisher is None:
             raise UnfedError("an objective that weighs with the Fisher information was run without one")
         return self._beside.fisher.distance_sq()
+
+    def tail_norm(self) -> Tensor:
+        """See the protocol."""
+        if self._beside.tail is None:
+            raise UnfedError("a pruning objective was run without the client's rank")
+        return self._beside.tail.norm()
 
     def micro_share(self) -> float:
         """See the protocol: by examples of the split that drives the epoch."""

@@ -106,6 +106,7 @@ class FLoRA(_Exact):
     """
 
     title: ClassVar[str] = "flora"
+    unequal_ranks: ClassVar[bool] = True
     init: Literal["kaiming", "gaussian"] = choice("kaiming", ("kaiming", "gaussian"))
 
     def beneath(

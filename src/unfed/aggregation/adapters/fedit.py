@@ -37,10 +37,12 @@ class MeanOfFactors:
 class FedIT(AdapterRule):
     """``A = sum p_k A_k``, ``B = sum p_k B_k``. Inexact: ``B A`` is ``sum p_k B_k A_k`` only where all A or B agree.
 
-    Works for full-parameter training as well, where it is the plain mean.
+    Works for full-parameter training as well, where it is the plain mean. Unequal ranks are averaged with zeros for
+    what a client has not (the baseline that HetLoRA's paper improves on): components that few clients have shrink.
     """
 
     title: ClassVar[str] = "fedit"
+    unequal_ranks: ClassVar[bool] = True
     linear: ClassVar[bool] = True
 
     def collector(self, state: ServerState, num_clients: int) -> Collector:

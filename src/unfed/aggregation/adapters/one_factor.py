@@ -22,6 +22,8 @@ def factor_names(adapter: AdapterState, factor: int) -> frozenset[str]:
 @dataclass(frozen=True)
 class _OneFactor(FedIT):
     exact: ClassVar[bool] = True
+    unequal_ranks: ClassVar[bool] = False
+    equal_because: ClassVar[str] = "it is exact because the factor that is held is the same, whole, at every client"
 
     def held(self, round_: int) -> int:
         """The factor that is held in a round: 0 for A, 1 for B."""

@@ -11,11 +11,14 @@ from unfed.aggregation.adapters.exact import FedEx, FLoRA
 from unfed.aggregation.adapters.fed_sb import FedSB
 from unfed.aggregation.adapters.fedit import FedIT
 from unfed.aggregation.adapters.fedsa import FedSALoRA
+from unfed.aggregation.adapters.flexlora import FlexLoRA
+from unfed.aggregation.adapters.hetlora import HetLoRA
+from unfed.aggregation.adapters.lora_fair import LoRAFair
 from unfed.aggregation.adapters.one_factor import FFALoRA, RoLoRA
 from unfed.base import params as hyper
 from unfed.base.errors import nearest
 
-_RULES = (FedIT, FFALoRA, RoLoRA, FLoRA, FedEx, FedSALoRA, FedSB)
+_RULES = (FedIT, FFALoRA, RoLoRA, FLoRA, FedEx, FlexLoRA, HetLoRA, LoRAFair, FedSALoRA, FedSB)
 ADAPTER_RULES: Mapping[str, type[AdapterRule]] = MappingProxyType({cls.title: cls for cls in _RULES})
 
 
