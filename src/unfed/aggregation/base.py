@@ -143,6 +143,10 @@ class WeightedMean(Hyperparameters):
         """See :meth:`Aggregator.weight`."""
         return float(num_examples) if self.weighting == "examples" else 1.0
 
+    def weight_of(self, update: ClientUpdate) -> float:
+        """An update's weight, where more than its examples decides."""
+        return self.weight(update.num_examples)
+
     def init(self, adapter: AdapterState) -> OptState:
         """See :meth:`Aggregator.init`."""
         raise NotImplementedError
@@ -189,7 +193,7 @@ class WeightedMean(Hyperparameters):
             if update.num_examples <= 0:
                 raise AdapterError(f"{update.client_id}: an update over {update.num_examples} examples has no weight")
             counted.append(replace(update, adapter=AdapterState({})))  # who and how many: not the tensors
-            yield Weighted(update, self.weight(update.num_examples))
+            yield Weighted(update, self.weight_of(update))
 
     def advance(self, state: ServerState, combined: Combined, *, adopt: bool = False) -> ServerState:
         """See :meth:`Aggregator.advance`. Tensors that are held fixed this round keep their optimizer slots, too."""

@@ -20,7 +20,6 @@ from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.data.datasets import load_rows
 from unfed.data.given import read_given
 from unfed.data.partition import Partition, PartitionSpec, make_partition
-from unfed.federated.schedule import Participation
 from unfed.models.adapter import lora_scaling
 from unfed.models.load import LoadedModel
 from unfed.objectives.registry import objective_problems
@@ -236,13 +235,6 @@ def server_rule(config: RunConfig, loaded: LoadedModel) -> Aggregator:
     return build_aggregator(
         config.aggregator.name, config.aggregator.params, lora_scaling=scaling or 1.0, probe_seed=config.seed
     )
-
-
-def participation(config: RunConfig) -> Participation:
-    """Who takes part in each round."""
-    assert config.trainer is not None
-    given = config.trainer.method_args
-    return Participation(given.fraction_fit, given.min_clients) if is_federated(config) else Participation()
 
 
 def collation(config: RunConfig, loaded: LoadedModel) -> Collation:

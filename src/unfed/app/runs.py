@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unfed.aggregation.base import Aggregator
-from unfed.app import build, encode, isolated, methods, ownership, privacy, recipes, requests, second
+from unfed.app import build, encode, isolated, methods, ownership, privacy, recipes, requests, second, turnout
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
 from unfed.app.oracle import with_oracle
@@ -20,13 +20,7 @@ from unfed.app.outcome import advise, left_out, memory_settings, warnings_of
 from unfed.app.probe import ORIGIN_FILE, forget_loss, origin_of, probe_forget_loss
 from unfed.app.progress import Reporter, say, show_schedule
 from unfed.app.robustness import check_robustness
-from unfed.app.rundir import (
-    TRAIN_ROWS_FILE,
-    RunDir,
-    open_run,
-    refuse_unfinished,
-    training_identity,
-)
+from unfed.app.rundir import TRAIN_ROWS_FILE, RunDir, open_run, refuse_unfinished, training_identity
 from unfed.app.schedules import resolved_settings
 from unfed.app.source import refuse_changed
 from unfed.app.tracking import tracking
@@ -39,6 +33,7 @@ from unfed.evaluation.runner import EvalResult
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
 from unfed.federated.rounds import RoundsConfig, RunKeeper
+from unfed.federated.store import ClientStore
 from unfed.federated.transport import InProcess
 from unfed.models.adapter import ADAPTER_NAME, save_adapter, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
@@ -136,6 +131,7 @@ def prepared(
     rows = build.read_rows(config)
     encode.alternates_of(config, rows)  # a file that does not serve is found before the model is opened
     partition, where = build.settle_partition(config, rows)
+    turnout.trace_of(config, partition.client_ids)
     if config.mode == "finetune":
         return rows, partition, where, Situation((), ())
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
@@ -172,10 +168,13 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         opened = snapshot(loaded.model)
         start = plan.start or ServerState(0, opened)
         trained = isolated.limited(plan, situation, clients, start.adapter)
-        client = Client(local, trained, opened, lr_per_phase=config.trainer.method_args.lr_schedule == "phase")
+        kept = ClientStore(directory.path, config.engine.keep_checkpoints + 1)
+        per_phase = config.trainer.method_args.lr_schedule == "phase"
+        client = Client(local, trained, opened, lr_per_phase=per_phase, store=kept)
         client.privacy = privacy.privacy_of(config)
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened)}
+        inputs |= turnout.inputs(config, partition.client_ids)
         identity = {**training_identity(config), "inputs": inputs}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
@@ -184,6 +183,7 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         if config.mode == "unlearn":
             notes["forgotten"] = requests.note(config, rows.forget, partition, before)
         notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint, **probe}
+        notes |= turnout.announce(config, rule, clients)
         directory.note(schedule=schedule.table(), settings=settings, **notes)
         work = _Training(config, directory, loaded, local, clients, rule, plan, situation)
         state = _rounds(work, client, state, keeper, start.adapter)
@@ -225,7 +225,7 @@ def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeep
         try:
             between.begin(state, directory)
             follow = isolated.runner(work.plan, start, directory.path)
-            rounds = RoundsConfig(config.seed, build.participation(config))
+            rounds = RoundsConfig(config.seed, turnout.participation(config, work.clients, args))
             return follow(InProcess(client.fit), work.rule, state, rounds, keeper)
         except UnfedError as e:
             advise(e, schedule, len(keeper.records))

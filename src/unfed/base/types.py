@@ -166,6 +166,7 @@ class Broadcast:
     are LoRA factors of scaling 1 that act beneath the adapter and do not train. ``frozen`` names tensors that are held
     fixed this round and do not travel back; ``local`` names tensors that train and stay at their client from round to
     round, never travelling (where ``adapter`` has them, it says their shape, and what a client begins with).
+    ``control``: the server's control variate of the tensors that train (SCAFFOLD's c); it travels as well.
     """
 
     adapter: AdapterState
@@ -173,6 +174,7 @@ class Broadcast:
     frozen: frozenset[str] = frozenset()
     local: frozenset[str] = frozenset()
     own: Mapping[str, AdapterState] = field(default_factory=dict)
+    control: AdapterState | None = None
 
     def start(self, client_id: str) -> AdapterState:
         """The adapter that a client begins with."""
@@ -186,7 +188,7 @@ class Broadcast:
 
     def nbytes(self, client_ids: Iterable[str]) -> int:
         """Bytes that reach the clients, uncompressed."""
-        fixed = 0 if self.residual is None else self.residual.nbytes
+        fixed = sum(s.nbytes for s in (self.residual, self.control) if s is not None)
         return sum(self.start(c).without(self.local).nbytes + fixed for c in client_ids)
 
 
@@ -194,7 +196,8 @@ class Broadcast:
 class ClientUpdate:
     """What a client returns for one round: its adapter (not a difference), and how much it trained on.
 
-    ``nbytes``: what travelled, where that is not the tensors as they are (``None``).
+    ``nbytes``: what travelled of it, where that is not the tensors as they are (``None``). ``control``: by how much the
+    client's control variate changed (SCAFFOLD), which travels beside the adapter.
     """
 
     client_id: str
@@ -202,6 +205,13 @@ class ClientUpdate:
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     nbytes: int | None = None
+    control: AdapterState | None = None
+
+    @property
+    def sent(self) -> int:
+        """Bytes that travelled."""
+        own = self.adapter.nbytes if self.nbytes is None else self.nbytes
+        return own + (self.control.nbytes if self.control is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,7 @@ class Combined:
     product of the averaged factors (``None`` without LoRA factors); ``error_is_estimate`` says that it was
     sketched rather than computed. ``base_residual``: what rules that also change the base model put beneath the adapter
     from now on (``None``: nothing new). ``slots``: what a filter or the noise will want to know next round.
+    ``control``: the mean change of the clients' control variates. ``population``: how many clients the phase has.
     """
 
     adapter: AdapterState
@@ -229,6 +240,8 @@ class Combined:
     error_is_estimate: bool = False
     base_residual: AdapterState | None = None
     slots: Mapping[str, AdapterState] = field(default_factory=dict)
+    control: AdapterState | None = None
+    population: int | None = None
 
 
 OptState = Mapping[str, AdapterState]

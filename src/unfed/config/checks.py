@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from unfed.base.errors import nearest
+from unfed.config.checks_clients import client_settings
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_privacy import privacy_settings
@@ -280,6 +281,7 @@ CHECKS = (
     recipe_settings,
     privacy_settings,
     _federation,
+    client_settings,
     _lora,
     _data,
     alternate_problems,

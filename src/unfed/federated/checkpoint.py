@@ -29,7 +29,11 @@ RESIDUAL_FILE = "residual.safetensors"
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round. Digests are of the server's adapter; bytes are of tensors sent, both ways."""
+    """What happened in one round. Digests are of the server's adapter; bytes are of tensors sent, both ways.
+
+    ``metrics``: by client whose update was used: loss, steps, seconds, bytes and what else it told.
+    ``simulated_seconds``: how long the round lasted under ``clients.*``, where that simulates speeds.
+    """
 
     round: int
     phase: str
@@ -44,6 +48,7 @@ class RoundRecord:
     aggregation_error: float | None
     error_is_estimate: bool
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    simulated_seconds: float | None = None
 
     @property
     def loss(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from unfed.base.errors import UnfedError
 from unfed.base.seeding import torch_generator
 from unfed.base.types import AdapterState, Broadcast, ClientUpdate, Split
 from unfed.data.chat import EncodedExample
+from unfed.federated.control import Variate
 from unfed.federated.schedule import FitTask, Work
 from unfed.federated.store import ClientStore
 from unfed.models.adapter import held, restore, snapshot
@@ -63,11 +65,15 @@ class Client:
 
     def fit(self, task: FitTask, broadcast: Broadcast, client_id: str) -> ClientUpdate:
         """Train ``client_id`` from what was sent; the update is a copy of what travels back."""
+        began = time.perf_counter()
         begin = self._begin(task, broadcast, client_id)
+        variate = None
+        if broadcast.control is not None:
+            variate = Variate.begin(self.store, client_id, task.round, broadcast.control)
         restore(self.local.model, begin)
         put_residual(self.local.model, broadcast.residual)
         with held(self.local.model, broadcast.frozen):
-            result = self._train(task, broadcast, begin, client_id)
+            result = self._train(task, broadcast, begin, client_id, variate)
         after = snapshot(self.local.model)
         if broadcast.local:
             self.store.put(client_id, OWN, task.round, AdapterState({n: after[n] for n in broadcast.local}))
@@ -78,8 +84,10 @@ class Client:
             after = AdapterState({n: after[n] for n in sent})
         if isinstance(self.privacy, LocalPrivacy):
             after = self._noised(self.privacy, sent, after, ("local", task.round, client_id))
+        change = variate.end(self.store, result.gradient) if variate and result.gradient else None
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
-        return ClientUpdate(client_id, after, result.num_examples, _finite(metrics))
+        metrics["seconds"] = time.perf_counter() - began
+        return ClientUpdate(client_id, after, result.num_examples, _finite(metrics), control=change)
 
     def _noised(
         self, settings: LocalPrivacy, sent: AdapterState, after: AdapterState, purpose: tuple[str | int, ...]
@@ -96,7 +104,9 @@ class Client:
         own = self.store.get(client_id, OWN, task.round) if broadcast.local else None
         return begin if own is None else own.filled(begin)
 
-    def _train(self, task: FitTask, broadcast: Broadcast, begin: AdapterState, client_id: str) -> TrainResult:
+    def _train(
+        self, task: FitTask, broadcast: Broadcast, begin: AdapterState, client_id: str, variate: Variate | None
+    ) -> TrainResult:
         work = task.phase.work[client_id]
         rows = TrainRows(self.data[client_id].splits)
         needs = work.objective.needs
@@ -124,6 +134,8 @@ class Client:
             whole if work.spread else Share(),
             constraint,
             private,
+            work.steps,
+            variate.correction if variate else None,
         )
         result = local.train(local_task, self._beside(work.objective, plan, begin, broadcast.residual))
         self.curves.setdefault(task.phase.name, []).append(result.curve)

@@ -12,6 +12,7 @@ from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.history_writer import HistoryWriter
 from unfed.federated.schedule import FitTask, Participation, Schedule
 from unfed.federated.transport import Transport
+from unfed.federated.turnout import Turnout
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,18 @@ class _Screening:
             if isinstance(answer, ClientFailure):
                 self.failures[answer.client_id] = answer.reason
                 continue
-            self.bytes_up += answer.adapter.nbytes if answer.nbytes is None else answer.nbytes
+            self.bytes_up += answer.sent
             problems = answer.adapter.problems_against(self.sent.returned(answer.client_id))
+            if answer.control is not None and self.sent.control is not None:
+                problems += [f"control variate: {p}" for p in answer.control.problems_against(self.sent.control)]
             if answer.num_examples < 1:
                 problems.append(f"num_examples is {answer.num_examples}")
             if problems:
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 self.failures[answer.client_id] = f"update dropped: {problems[0]}{more}"
                 continue
-            self.metrics[answer.client_id] = dict(answer.metrics)
+            traffic = {"bytes_down": self.sent.nbytes([answer.client_id]), "bytes_up": answer.sent}
+            self.metrics[answer.client_id] = {**answer.metrics, **traffic}
             whole = answer.adapter.filled(self.sent.start(answer.client_id))
             yield answer if whole is answer.adapter else replace(answer, adapter=whole)
 
@@ -89,18 +93,22 @@ def run_rounds(
         began = time.perf_counter()
         phase = task.phase
         clients = config.participation.select(list(phase.work), config.seed, task.round, phase.always)
+        turnout = config.participation.turnout(task, clients, config.seed)
         keep.listener.round_started(task, clients)
         # A recipe's own rule works on whole factors.
         own_rule = not isinstance(phase.rule, str)
         broadcast = Broadcast(state.adapter) if own_rule else aggregator.broadcast(state, clients)
-        screening = _Screening(broadcast)
-        updates = screening.usable(transport.fit(task, broadcast, clients))
+        if phase.rule == "adopt":  # a phase that does not pass through the server's rule is no part of its variates
+            broadcast = replace(broadcast, control=None)
+        screening = _Screening(broadcast, dict(turnout.missing))
+        updates = screening.usable(_answers(transport, task, turnout, screening))
         if keep.history is not None:
             updates = keep.history.of_round(task, state, updates)
         done = _finish(task, aggregator, state, updates, len(clients))
         combined = done[0] if done else None
         reasons = [f"{c}: {r}" for c, r in screening.failures.items()]
-        config.participation.check(len(combined.client_ids) if combined else 0, len(clients), reasons)
+        survivors = len(combined.client_ids) if combined else 0
+        config.participation.check(survivors, len(clients), reasons, len(phase.work))
         assert done is not None
         assert combined is not None
         before, state = state.digest(), done[1]
@@ -118,6 +126,7 @@ def run_rounds(
             aggregation_error=combined.aggregation_error,
             error_is_estimate=combined.error_is_estimate,
             metrics=screening.metrics,
+            simulated_seconds=turnout.length(config.participation.conditions, screening.metrics),
         )
         keep.records.append(record)
         if keep.history is not None:
@@ -125,6 +134,18 @@ def run_rounds(
         keep.save(state)
         keep.listener.round_ended(record, state)
     return state
+
+
+def _answers(
+    transport: Transport, task: FitTask, turnout: Turnout, screening: _Screening
+) -> Iterator[ClientUpdate | ClientFailure]:
+    """Of those whose updates are taken; where one cannot be used, of the next that came back. The others are late."""
+    yield from transport.fit(task, screening.sent, turnout.trained)
+    for client in turnout.spare:
+        if len(screening.metrics) < len(turnout.trained):
+            yield from transport.fit(task, screening.sent, [client])
+        else:
+            screening.failures[client] = f"not needed: {len(turnout.trained)} others returned first"
 
 
 def _finish(
@@ -137,6 +158,7 @@ def _finish(
             combined, adapter = rule.advance(task, state, _first_or_raise(updates))
             return combined, replace(state, round=state.round + 1, adapter=adapter)
         combined = aggregator.combine(_first_or_raise(updates), num_clients, state)
+        combined = replace(combined, population=len(task.phase.work))
     except _NoUpdatesError:
         return None
     return combined, aggregator.advance(state, combined, adopt=rule == "adopt")
