@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from unfed.aggregation.registry import aggregator_problems, build_aggregator
 from unfed.aggregation.unequal_work import stretch_of
-from unfed.base.errors import AdapterError
+from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.types import AdapterState, Broadcast, ClientUpdate, ServerState
 from unfed.federated.client import Client, ClientData
 from unfed.federated.control import CONTROL
@@ -120,6 +120,12 @@ def test_adapter_rules_that_it_goes_with(rule):
     assert (problems == []) == (rule == "FedNova")
     if problems:
         assert problems[0].startswith("aggregator=Scaffold with aggregator.adapter=rolora: is not defined: a control")
+
+
+@pytest.mark.parametrize("rule", ["FedNova", "Scaffold"])
+def test_neither_goes_with_noise_or_filters(rule):
+    with pytest.raises(ConfigError, match=f"aggregator={rule}: .*use another aggregator with a robust rule or privacy"):
+        replace(build_aggregator(rule, {}), noise=lambda combined, state, trained: combined)
 
 
 # --- on a model -------------------------------------------------------------------------------------------------------

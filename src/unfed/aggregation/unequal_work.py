@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from unfed.aggregation.base import Weighting
 from unfed.aggregation.fedavg import FedAvg
 from unfed.aggregation.tree import RunningMean, delta, full_like, moved
-from unfed.base.errors import AdapterError
+from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.params import choice
 from unfed.base.types import AdapterState, Broadcast, ClientUpdate, Combined, OptState, ServerState
 
@@ -31,6 +31,11 @@ class FedNova(FedAvg):
     gradients, does not cover it. A learning rate that decays over a client's own steps decays alike for all of them
     and cancels.
     """
+
+    def __post_init__(self) -> None:
+        """``ConfigError`` beside filters and noise, which know one weight for every update's whole way."""
+        super().__post_init__()
+        _alone(self, "divides updates by their steps and lengthens the mean, after filters and noise were at work")
 
     @property
     def mean_step(self) -> float | None:
@@ -58,6 +63,11 @@ class FedNova(FedAvg):
             raise AdapterError("FedNova needs what the round began with where clients take unequally many steps")
         step = delta(combined.adapter, state.adapter)
         return replace(combined, adapter=moved(state.adapter, step, stretch, combined.adapter))
+
+
+def _alone(rule: FedAvg, why: str) -> None:
+    if rule.filters or rule.noise is not None:
+        raise ConfigError([f"aggregator={rule.name}: {why}; use another aggregator with a robust rule or privacy"])
 
 
 def _steps(update: ClientUpdate) -> float:
@@ -97,6 +107,11 @@ class Scaffold(FedAvg):
     """
 
     weighting: Weighting = choice("uniform", ("examples", "uniform"))
+
+    def __post_init__(self) -> None:
+        """``ConfigError`` beside filters and noise, which the control variates would go past."""
+        super().__post_init__()
+        _alone(self, "sends control variates beside the adapters, past filters and noise")
 
     @property
     def mean_step(self) -> float | None:
