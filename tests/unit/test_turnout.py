@@ -11,15 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from unfed.aggregation.privacy import CentralPrivacy
 from unfed.aggregation.registry import build_aggregator
 from unfed.base.errors import DataError, UnfedError
 from unfed.base.seeding import numpy_generator
 from unfed.base.types import AdapterState, ClientFailure, ClientUpdate, ServerState
+from unfed.federated.ledger import Accountant
 from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
 from unfed.federated.sampling import Sampling, by_size, inclusion, read_trace
 from unfed.federated.schedule import Participation, Phase, Schedule, Work
 from unfed.federated.turnout import Conditions, turnout
 from unfed.objectives.nll import NLL
+from unfed.training.args import LoopArgs
 
 NAMES = [f"client_{i}" for i in range(5)]
 
@@ -220,3 +223,12 @@ def test_a_resumed_run_meets_the_same_stragglers():
         assert again.adapter.digest() == end.adapter.digest()
         told = [(r.clients, r.failures, r.simulated_seconds) for r in rest.records]
         assert told == [(r.clients, r.failures, r.simulated_seconds) for r in keep.records[state.round :]]
+
+
+@pytest.mark.parametrize(("kind", "sampling"), [("uniform", "fixed"), ("by_size", "everyone"), ("trace", "everyone")])
+def test_only_an_even_draw_makes_privacy_cheaper(kind, sampling):
+    """Who is drawn by size, or is there by a trace, is not hidden by the draw: every round counts in full."""
+    schedule = Schedule((Phase("p", 2, {c: Work("train", NLL(), 1.0) for c in NAMES}),))
+    drawn = Participation(0.4, sampling=Sampling(kind, dict.fromkeys(NAMES, 3), dict.fromkeys(NAMES, (True,))))
+    accountant = Accountant(CentralPrivacy(), schedule, drawn, {}, LoopArgs(), 0, {})
+    assert {(r.sampling, r.count) for r in accountant.planned()["clients"]} == {(sampling, 2)}
