@@ -27,7 +27,7 @@ SCRIPT = (
     "experiment=unlearn/tofu/default forget_split=forget10 retain_split=retain90 task_name=by_script "
     "model.model_args.pretrained_model_name_or_path=saves/finetune/SAMPLE_TRAIN"
 )
-STRATEGIES = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
+STRATEGIES = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx", "FedNova", "Scaffold")
 SHORT = "eval.generation.max_new_tokens=8 eval.limit=8"  # the suite's time, nothing else
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from unfed.aggregation.lora import AggregationError, lora_pairs
 from unfed.aggregation.registry import AGGREGATORS, build_aggregator
+from unfed.aggregation.tree import full_like
 from unfed.base.types import AdapterState, ClientUpdate
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -27,7 +28,8 @@ class Drawn:
 
     def updates(self) -> list[ClientUpdate]:
         pairs = enumerate(zip(self.states, self.counts, strict=True))
-        return [ClientUpdate(f"c{i}", s, n) for i, (s, n) in pairs]
+        told = {"steps": 3.0}
+        return [ClientUpdate(f"c{i}", s, n, told, control=full_like(s, 1.0)) for i, (s, n) in pairs]
 
 
 @st.composite

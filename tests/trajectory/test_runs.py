@@ -85,7 +85,9 @@ def test_worker_processes_and_reporting_change_no_byte(small_run, finetuned, tmp
     assert list((again / "logs").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("rule", ["FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx"])
+@pytest.mark.parametrize(
+    "rule", ["FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx", "FedNova", "Scaffold"]
+)
 def test_every_strategy(from_finetuned, finetuned, tmp_path, rule):
     result = run(from_finetuned(tmp_path / "run", aggregator=rule))
     assert len(result.records) == 3 and not any(r.failures for r in result.records)

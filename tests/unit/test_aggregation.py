@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unfed.aggregation.base import Aggregator
 from unfed.aggregation.registry import AGGREGATORS, aggregator_problems, build_aggregator
-from unfed.aggregation.tree import RunningMean
+from unfed.aggregation.tree import RunningMean, full_like
 from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.types import AdapterState, ClientUpdate, Combined
 
@@ -24,7 +24,7 @@ def state(values: list[float], dtype: torch.dtype = torch.float32) -> AdapterSta
 
 
 def update(client: str, adapter: AdapterState, num_examples: int = 1) -> ClientUpdate:
-    return ClientUpdate(client, adapter, num_examples)
+    return ClientUpdate(client, adapter, num_examples, {"steps": 2.0}, control=full_like(adapter, 1.0))
 
 
 def two_rounds(rule: Aggregator) -> list[list[float]]:
@@ -226,7 +226,7 @@ def test_no_update_at_all() -> None:
 
 def test_published_and_adapter_defaults() -> None:
     made = {name: build_aggregator(name, {}) for name in AGGREGATORS}
-    assert list(made) == ["FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx"]
+    assert list(made) == ["FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx", "FedNova", "Scaffold"]
     assert all(rule.name == name for name, rule in made.items())
     assert build_aggregator("FedAvgM", {"momentum": 0.9, "server_lr": 1.0}) == made["FedAvgM"]
     assert build_aggregator("FedAdagrad", {"beta1": 0.0, "tau": 1e-3, "server_lr": 1e-3}) == made["FedAdagrad"]

@@ -260,7 +260,8 @@ def test_a_step_is_a_step_however_it_is_cut(small_local, small_examples, name):
         local = small_local(per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro, **SGD)
         ends.append(fit(local, small_examples, WRAPPED[name]))
     (one, start), (two, _) = ends
-    assert two.metrics == pytest.approx(one.metrics, rel=1e-4)
+    alike = [{k: v for k, v in u.metrics.items() if k != "seconds"} for u in (one, two)]
+    assert alike[1] == pytest.approx(alike[0], rel=1e-4)
     for n in start:
         torch.testing.assert_close(two.adapter[n], one.adapter[n], rtol=1e-4, atol=2e-6)
     assert max(float((one.adapter[n] - start[n]).abs().max()) for n in start) > 1e-3

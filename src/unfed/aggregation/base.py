@@ -162,6 +162,10 @@ class WeightedMean(Hyperparameters):
         """See :meth:`Aggregator.weight`."""
         return float(num_examples) if self.weighting == "examples" else 1.0
 
+    def weight_of(self, update: ClientUpdate) -> float:
+        """An update's weight, where more than its examples decides."""
+        return self.weight(update.num_examples)
+
     def init(self, adapter: AdapterState) -> OptState:
         """See :meth:`Aggregator.init`."""
         raise NotImplementedError
@@ -211,7 +215,7 @@ class WeightedMean(Hyperparameters):
                 raise AdapterError(f"{update.client_id}: an update over {update.num_examples} examples has no weight")
             if update.client_id != SERVER:
                 counted.append(replace(update, adapter=AdapterState({})))  # who and how many: not the tensors
-            yield Weighted(update, self.weight(update.num_examples))
+            yield Weighted(update, self.weight_of(update))
 
     def adopting(self) -> WeightedMean:
         """See :meth:`Aggregator.adopting`."""

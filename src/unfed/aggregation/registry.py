@@ -12,14 +12,37 @@ from unfed.aggregation.adapters.registry import ADAPTER_RULES, adapter_rule_prob
 from unfed.aggregation.base import WeightedMean
 from unfed.aggregation.fedavg import FedAvg, FedAvgM, FedProx
 from unfed.aggregation.fedopt import FedAdagrad, FedAdam, FedYogi
+from unfed.aggregation.unequal_work import FedNova, Scaffold
 from unfed.base import params as hyper
 from unfed.base.errors import ConfigError, nearest
 
-AggregatorClass = type[FedAvg] | type[FedAvgM] | type[FedAdagrad] | type[FedAdam] | type[FedYogi] | type[FedProx]
+AggregatorClass = (
+    type[FedAvg]
+    | type[FedAvgM]
+    | type[FedAdagrad]
+    | type[FedAdam]
+    | type[FedYogi]
+    | type[FedProx]
+    | type[FedNova]
+    | type[Scaffold]
+)
 
 AGGREGATORS: Mapping[str, AggregatorClass] = MappingProxyType(
-    {cls.__name__: cls for cls in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)}
+    {cls.__name__: cls for cls in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx, FedNova, Scaffold)}
 )
+OWN_FACTORS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
+    {
+        "FedNova": (
+            ("fedit", "ffa", "rolora"),
+            "the rule divides each client's update of the factors by its steps and lengthens their mean again",
+        ),
+        "Scaffold": (
+            ("fedit", "ffa"),
+            "a control variate is a mean gradient of the same factors, at every client and in every round",
+        ),
+    }
+)
+"""The adapter rules that a server rule goes with, and why no others, where not all do that move factors."""
 
 
 ADAPTER, ADAPTER_ARGS = "adapter", "adapter_args"
@@ -40,6 +63,9 @@ def _undefined(name: str, own: Mapping[str, Any], adapter: str) -> list[str]:
     """Why a server optimizer makes no sense on an adapter rule's result."""
     rule, plain = ADAPTER_RULES[adapter], own.get("server_lr", 1.0) == 1.0
     key = f"aggregator={name} with aggregator.adapter={adapter}"
+    if name in OWN_FACTORS:
+        defined, why = OWN_FACTORS[name]
+        return [] if adapter in defined else [f"{key}: is not defined: {why}; use adapter={' or '.join(defined)}"]
     if rule.steps == "factors" or (name in ("FedAvg", "FedProx") and plain):
         return []
     if rule.steps == "mean":

@@ -23,7 +23,6 @@ from unfed.data.datasets import load_rows
 from unfed.data.given import read_given
 from unfed.data.partition import Partition, PartitionSpec, make_partition
 from unfed.federated.client import ClientData
-from unfed.federated.schedule import Participation
 from unfed.federated.screening import ScreeningSettings
 from unfed.models.adapter import live_tensors, lora_scaling
 from unfed.models.load import LoadedModel
@@ -271,13 +270,6 @@ def screening(config: RunConfig, loaded: LoadedModel, clients: Mapping[str, Clie
     ratio = config.robust.max_norm_ratio if config.robust is not None else None
     owned = {c: max(map(len, d.splits.values()), default=0) for c, d in clients.items()}
     return ScreeningSettings(ratio, lora_scaling(loaded.model) or 1.0, owned)
-
-
-def participation(config: RunConfig) -> Participation:
-    """Who takes part in each round."""
-    assert config.trainer is not None
-    given = config.trainer.method_args
-    return Participation(given.fraction_fit, given.min_clients) if is_federated(config) else Participation()
 
 
 def collation(config: RunConfig, loaded: LoadedModel) -> Collation:

@@ -84,6 +84,7 @@ def plan(config: RunConfig) -> Plan:
     if source.adapter is not None and (second := _second_adapter(config, trainable, source.adapter)) is not None:
         trained, adapter, frozen = second, second * adapter_width, adapter
     clients, rounds = _extent(config)
+    variates = 2 if config.aggregator is not None and config.aggregator.name == "Scaffold" else 1
     memory = {
         "base weights": float(total * dtype.itemsize + frozen),
         "adapter, gradients, AdamW": float(trained * (adapter_width * 2 + 8)),
@@ -92,7 +93,7 @@ def plan(config: RunConfig) -> Plan:
         "server: mean, update, checkpoint": float((3 + (clients if clients <= EXACT_LIMIT else 0)) * adapter),
         "activations and logits": activations,
     }
-    return Plan(total, trained, adapter, clients, rounds, 2 * adapter * clients, memory)
+    return Plan(total, trained, adapter, clients, rounds, 2 * adapter * clients * variates, memory)
 
 
 def _second_adapter(config: RunConfig, model: nn.Module, learned: str) -> int | None:

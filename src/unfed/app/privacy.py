@@ -10,9 +10,9 @@ from typing import Any
 from unfed.aggregation.base import Aggregator, WeightedMean
 from unfed.aggregation.central import Central, CentralNoise, Clipping
 from unfed.aggregation.privacy import CentralPrivacy, ExamplePrivacy, Privacy, build_privacy
-from unfed.app import build
 from unfed.app.progress import say
 from unfed.app.source import made_by
+from unfed.app.turnout import participation
 from unfed.base.artifacts import RUN_FILE, read_json
 from unfed.base.errors import ConfigError
 from unfed.base.types import ServerState
@@ -150,7 +150,7 @@ def begin(
     if settings is None:
         return rule, None
     accountant = Accountant(
-        settings, schedule, build.participation(config), clients, args, config.seed, earlier_of(config, source)
+        settings, schedule, participation(config, clients, args), clients, args, config.seed, earlier_of(config, source)
     )
     cost = accountant.cost(accountant.planned(), pld=False)
     figures = {"kind": settings.kind, "unit": settings.unit, **_figures(cost)}

@@ -18,6 +18,8 @@ from unfed.training.loop import StepEvent
 
 console = Console(stderr=True, soft_wrap=True)
 Track = Callable[[Mapping[str, float], int], None]
+FAILURES_SHOWN = 10
+"""Clients of a round whose failures are printed; all of them are recorded."""
 
 
 def say(message: str) -> None:
@@ -108,13 +110,16 @@ class Reporter(RoundListener):
         error = f", aggregation error {shown}" if shown else ""
         left = (time.monotonic() - self._began) / (state.round - self._first) * (self._total - state.round)
         count = f"{len(record.clients)} client{'s' * (len(record.clients) != 1)}"
+        simulated = "" if record.simulated_seconds is None else f" ({record.simulated_seconds:.3g} s simulated)"
         eta = f", about {left:.0f} s left" if self._total > state.round else ""
         say(
             f"round {state.round}/{self._total} {record.phase}: {count}, {loss}{error}, "
-            f"{record.bytes_up / 1e6:.2f} MB up, {record.seconds:.1f} s{eta}"
+            f"{record.bytes_up / 1e6:.2f} MB up, {record.seconds:.1f} s{simulated}{eta}"
         )
-        for client, reason in record.failures.items():
+        for client, reason in list(record.failures.items())[:FAILURES_SHOWN]:
             say(f"  {client} is left out of this round: {reason}")
+        if (more := len(record.failures) - FAILURES_SHOWN) > 0:
+            say(f"  and {more} more clients: their reasons are in run.json")
         if self._bar is not None:
             self._bar.update(self._rounds, completed=state.round, loss=loss)
             self._bar.update(self._client, visible=False)

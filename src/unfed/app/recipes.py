@@ -16,6 +16,7 @@ from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, RunDir
 from unfed.app.schedules import alone, finetune_schedule, ingredients_of
 from unfed.app.source import made_by, read_source, source_directory
+from unfed.app.turnout import with_local_steps
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import ConfigError, UnfedError
 from unfed.base.types import AdapterState, ServerState, Split
@@ -93,6 +94,7 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             robust=made.robust,
             hostile=made.hostile,
             collator=made.collator,
+            clients=made.clients,
             partition=replace(made.partition, manifest=manifest),
             data=data,
         ),
@@ -212,8 +214,9 @@ def plan_of(
     loaded: LoadedModel,
 ) -> tuple[Plan, dict[str, Any]]:
     """The order of work, and what is to be recorded of it."""
+    steps = config.clients.local_steps
     if config.mode == "finetune" and config.recipe is None:
-        return Plan(finetune_schedule(config, args, clients, rule)), {}
+        return Plan(with_local_steps(finetune_schedule(config, args, clients, rule), steps)), {}
     recipe, given = recipe_of(config), ingredients_of(config, args, situation, rule, loaded)
     given = replace(
         given,
@@ -222,9 +225,11 @@ def plan_of(
     )
     if config.mode == "finetune":
         assert isinstance(recipe, Isolated)
-        return recipe.first(given), {}
+        plan = recipe.first(given)
+        return replace(plan, schedule=with_local_steps(plan.schedule, steps)), {}
     plan = recipe.plan(given)
     ranks.refuse_own_rules(plan.schedule, rule)
+    plan = replace(plan, schedule=with_local_steps(plan.schedule, steps))
     if config.forget.given:  # a forget_split is chosen by hand, and a method that cannot do with it is refused
         plan = replace(plan, schedule=alone(plan.schedule, clients))
     cost = expected_cost(plan, clients, args, given.start.nbytes)

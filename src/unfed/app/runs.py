@@ -25,6 +25,7 @@ from unfed.app import (
     requests,
     second,
     server_rows,
+    turnout,
 )
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
@@ -151,6 +152,7 @@ def prepared(
     encode.alternates_of(config, rows)  # a file that does not serve is found before the model is opened
     partition, where = build.settle_partition(config, rows)
     hostile.hostile_clients(config, partition.clients)
+    turnout.trace_of(config, partition.client_ids)
     if config.mode == "finetune":
         return rows, partition, where, Situation((), ())
     targets = build.targets_of(config, partition, [e["id"] for e in rows.forget])
@@ -197,14 +199,17 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         client.privacy = privacy.privacy_of(config)
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened), **personal.inputs(own)}
-        identity = {**training_identity(config), "inputs": inputs}
+        identity = {**training_identity(config), "inputs": inputs | turnout.inputs(config, partition.client_ids)}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
         state, keeper = _resume(config, checkpoints, start)
         notes |= ownership.keep(directory.path, rows, partition)
         server_rows.keep(directory.path, config, rows)
-        probe = probe_forget_loss(local, clients, situation.targets, loaded)
         notes |= requests.note(config, rows.forget, partition, before) | hostile.note(config, partition)
-        notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint, **probe}
+        notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint}
+        notes |= {
+            **probe_forget_loss(local, clients, situation.targets, loaded),
+            **turnout.announce(config, rule, clients),
+        }
         directory.note(schedule=schedule.table(), settings=settings, **notes)
         work = _Training(config, directory, loaded, local, clients, rule, plan, situation, own)
         state = _rounds(work, client, state, keeper, start.adapter)
@@ -250,7 +255,7 @@ def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeep
             between.begin(state, directory)
             follow = isolated.runner(work.plan, start, directory.path)
             screening = build.screening(config, work.loaded, work.clients)
-            rounds = RoundsConfig(config.seed, build.participation(config), screening)
+            rounds = RoundsConfig(config.seed, turnout.participation(config, work.clients, args), screening)
             transport = hostile.on_the_wire(config, work.clients, InProcess(client.fit))
             return follow(transport, work.rule, state, rounds, keeper)
         except UnfedError as e:

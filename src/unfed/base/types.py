@@ -170,6 +170,7 @@ class Broadcast:
     fixed this round and do not travel back; ``local`` names tensors that train and stay at their client from round to
     round, never travelling (where ``adapter`` has them, it says their shape, and what a client begins with). ``known``
     names tensors that the clients have from before the first round, and that are not sent again.
+    ``control``: the server's control variate of the tensors that train (SCAFFOLD's c); it travels as well.
     """
 
     adapter: AdapterState
@@ -178,6 +179,7 @@ class Broadcast:
     local: frozenset[str] = frozenset()
     own: Mapping[str, AdapterState] = field(default_factory=dict)
     known: frozenset[str] = frozenset()
+    control: AdapterState | None = None
 
     @property
     def stay(self) -> frozenset[str]:
@@ -194,7 +196,7 @@ class Broadcast:
 
     def nbytes(self, client_ids: Iterable[str]) -> int:
         """Bytes that reach the clients, uncompressed."""
-        fixed = 0 if self.residual is None else self.residual.nbytes
+        fixed = sum(s.nbytes for s in (self.residual, self.control) if s is not None)
         return sum(self.start(c).without(self.local | self.known).nbytes + fixed for c in client_ids)
 
 
@@ -202,7 +204,8 @@ class Broadcast:
 class ClientUpdate:
     """What a client returns for one round: its adapter (not a difference), and how much it trained on.
 
-    ``nbytes``: what travelled, where that is not the tensors as they are (``None``).
+    ``nbytes``: what travelled of it, where that is not the tensors as they are (``None``). ``control``: by how much the
+    client's control variate changed (SCAFFOLD), which travels beside the adapter.
     """
 
     client_id: str
@@ -210,6 +213,13 @@ class ClientUpdate:
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     nbytes: int | None = None
+    control: AdapterState | None = None
+
+    @property
+    def sent(self) -> int:
+        """Bytes that travelled."""
+        own = self.adapter.nbytes if self.nbytes is None else self.nbytes
+        return own + (self.control.nbytes if self.control is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -229,6 +239,7 @@ class Combined:
     sketched rather than computed. ``base_residual``: what rules that also change the base model put beneath the adapter
     from now on (``None``: nothing new). ``slots``: what a filter or the noise will want to know next round. ``notes``:
     what each filter did, by its name: a number for each client, or for a quantity of the round.
+    ``control``: the mean change of the clients' control variates. ``population``: how many clients the phase has.
     """
 
     adapter: AdapterState
@@ -239,6 +250,8 @@ class Combined:
     base_residual: AdapterState | None = None
     slots: Mapping[str, AdapterState] = field(default_factory=dict)
     notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    control: AdapterState | None = None
+    population: int | None = None
 
 
 OptState = Mapping[str, AdapterState]

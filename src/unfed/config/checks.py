@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from unfed.base.errors import nearest
+from unfed.config.checks_clients import client_settings
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_personal import personal_settings
@@ -289,6 +290,7 @@ CHECKS = (
     robust_settings,
     hostile_settings,
     ranks_and_rules,
+    client_settings,
     _lora,
     _data,
     alternate_problems,

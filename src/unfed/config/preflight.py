@@ -133,6 +133,7 @@ def _logs(given: EvalConfig, rows: Mapping[str, Sequence[Example]]) -> None:
 def _other_files(config: RunConfig) -> Iterator[str]:
     named = {
         "partition.manifest": config.partition.manifest,
+        "clients.availability": config.clients.availability,
         "data.idk": config.data.idk,
         "data.alternate": config.data.alternate,
     }

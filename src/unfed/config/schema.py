@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from unfed.base.params import STRICT
+from unfed.config.schema_clients import ClientsConfig
 from unfed.config.schema_eval import EvalConfig
 from unfed.data.spec import DatasetSpec as DatasetConfig
 from unfed.data.spec import Template as TemplateArgs
 from unfed.models.spec import ModelArgs, TokenizerArgs
 from unfed.objectives import names
 
-AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx")
+AGGREGATORS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedProx", "FedNova", "Scaffold")
 METHODS = tuple(names.METHODS)
 RECIPES = (
     "local_then_recover",
@@ -273,6 +274,7 @@ class RunConfig:
     forget: ForgetConfig = ForgetConfig()
     engine: EngineConfig = EngineConfig()
     partition: PartitionConfig = PartitionConfig()
+    clients: ClientsConfig = ClientsConfig()
     data: DataConfig = DataConfig()
     collator: CollatorConfig = CollatorConfig()
     eval: EvalConfig | None = None

@@ -123,7 +123,11 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 def _elsewhere(key: Key) -> str | None:
-    """Where a hyperparameter belongs that was given in ``trainer.method_args``."""
+    """Where a hyperparameter belongs that was given in ``trainer.method_args``, or in ``clients``."""
+    if key[:-1] == ("clients",):
+        homes = {"fraction": "trainer.method_args.fraction_fit", "weighting": "aggregator.weighting"}
+        homes |= {n: f"trainer.method_args.{n}" for n in ("fraction_fit", "min_clients", "num_clients")}
+        return f"; it is {homes[key[-1]]}" if key[-1] in homes else None
     if key[:-1] != ("trainer", "method_args"):
         return None
     from unfed.aggregation.registry import AGGREGATORS

@@ -30,7 +30,11 @@ RESIDUAL_FILE = "residual.safetensors"
 @dataclass(frozen=True)
 class RoundRecord:
     """What happened in one round. Digests are of the server's adapter; bytes are of tensors sent, both ways.
-    ``notes``: what robust rules and clipping did, by their name (see :class:`unfed.base.types.Combined`)."""
+
+    ``metrics``: by client whose update was used: loss, steps, seconds, bytes and what else it told. ``notes``: what
+    robust rules and clipping did, by their name (see :class:`unfed.base.types.Combined`). ``simulated_seconds``: how
+    long the round lasted under ``clients.*``, where that simulates speeds.
+    """
 
     round: int
     phase: str
@@ -46,6 +50,7 @@ class RoundRecord:
     error_is_estimate: bool
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    simulated_seconds: float | None = None
 
     @property
     def loss(self) -> float | None:

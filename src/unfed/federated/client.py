@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from unfed.base.errors import UnfedError
 from unfed.base.seeding import torch_generator
 from unfed.base.types import AdapterState, Broadcast, ClientUpdate, Split
 from unfed.data.chat import EncodedExample
+from unfed.federated.control import Variate
 from unfed.federated.schedule import FitTask, Work
 from unfed.federated.store import ClientStore
 from unfed.models.adapter import held, restore, snapshot
@@ -64,12 +66,16 @@ class Client:
 
     def fit(self, task: FitTask, broadcast: Broadcast, client_id: str) -> ClientUpdate:
         """Train ``client_id`` from what was sent; the update is a copy of what travels back."""
+        began = time.perf_counter()
         begin = self._begin(task, broadcast, client_id)
+        variate = None
+        if broadcast.control is not None:
+            variate = Variate.begin(self.store, client_id, task.round, broadcast.control)
         restore(self.local.model, begin)
         put_residual(self.local.model, broadcast.residual)
         with held(self.local.model, broadcast.frozen):
             tail = self._tail(task, broadcast, client_id)
-            result = self._train(task, broadcast, begin, client_id, tail)
+            result = self._train(task, broadcast, begin, client_id, (tail, variate))
         after = snapshot(self.local.model)
         if broadcast.local:
             self.store.put(client_id, OWN, task.round, AdapterState({n: after[n] for n in broadcast.local}))
@@ -80,13 +86,15 @@ class Client:
             after = AdapterState({n: after[n] for n in sent})
         if isinstance(self.privacy, LocalPrivacy):
             after = self._noised(self.privacy, sent, after, ("local", task.round, client_id))
+        change = variate.end(self.store, result.gradient) if variate and result.gradient else None
         metrics = {"loss": result.loss, "steps": float(result.steps), **result.parts}
+        metrics["seconds"] = time.perf_counter() - began
         nbytes = None
         if tail is not None and tail.shrank():
             left = truncated(after, tail.keep)
             after, nbytes = padded(left, after), left.nbytes
             metrics["rank"] = float(tail.keep)
-        return ClientUpdate(client_id, after, result.num_examples, _finite(metrics), nbytes)
+        return ClientUpdate(client_id, after, result.num_examples, _finite(metrics), nbytes, change)
 
     def _tail(self, task: FitTask, broadcast: Broadcast, client_id: str) -> Tail | None:
         """The rank components that the client may give up, as they are before it trains."""
@@ -111,9 +119,14 @@ class Client:
         return begin if own is None else own.filled(begin)
 
     def _train(
-        self, task: FitTask, broadcast: Broadcast, begin: AdapterState, client_id: str, tail: Tail | None
+        self,
+        task: FitTask,
+        broadcast: Broadcast,
+        begin: AdapterState,
+        client_id: str,
+        beside: tuple[Tail | None, Variate | None],
     ) -> TrainResult:
-        work = task.phase.work[client_id]
+        work, (tail, variate) = task.phase.work[client_id], beside
         rows = TrainRows(self.data[client_id].splits)
         needs = work.objective.needs
         rows.require(work.rows, needs.splits, client_id)
@@ -140,9 +153,11 @@ class Client:
             whole if work.spread else Share(),
             constraint,
             private,
+            work.steps,
+            variate.correction if variate else None,
         )
-        beside = self._beside(work.objective, plan, begin, broadcast.residual)
-        result = local.train(local_task, replace(beside, tail=tail))
+        companions = self._beside(work.objective, plan, begin, broadcast.residual)
+        result = local.train(local_task, replace(companions, tail=tail))
         self.curves.setdefault(task.phase.name, []).append(result.curve)
         return result
 

@@ -12,7 +12,7 @@ from unfed.base.errors import ArtifactError, ConfigError
 from unfed.federated.accounting import Release, Spent, spent
 from unfed.federated.checkpoint import RoundRecord
 from unfed.federated.client import ClientData
-from unfed.federated.schedule import Participation, Schedule
+from unfed.federated.schedule import Participation, Schedule, Work
 from unfed.training.args import LoopArgs
 from unfed.training.batches import TrainRows, steps_per_epoch
 
@@ -86,22 +86,24 @@ class Accountant:
                     release = Release(self.settings.noise_multiplier, 1, replace=True)
                 else:
                     size, rows = self.args.step_size(), self.clients[client].splits[work.rows]
-                    count = steps.get((task.round, client)) or self._steps(client, work.rows, work.epochs)
+                    count = steps.get((task.round, client)) or self._steps(client, work)
                     z = self.settings.noise_multiplier
                     release = Release(z, count, "poisson", min(size, len(rows)), len(rows))
                 found.setdefault(client, []).append(release)
         return {client: joined(releases) for client, releases in found.items()}
 
-    def _steps(self, client: str, rows: Any, epochs: float) -> int:
-        per_epoch = steps_per_epoch(TrainRows(self.clients[client].splits), rows, self.args.step_size())
-        count = max(1, math.ceil(round(per_epoch * epochs, 6)))
+    def _steps(self, client: str, work: Work) -> int:
+        per_epoch = steps_per_epoch(TrainRows(self.clients[client].splits), work.rows, self.args.step_size())
+        count = max(1, math.ceil(round(per_epoch * work.epochs, 6))) if work.steps is None else work.steps
         return min(count, self.args.max_steps) if self.args.max_steps > 0 else count
 
     def _central(self, rounds: int) -> tuple[Release, ...]:
         releases = []
         for task, names in zip(self.schedule.tasks(), self.selected()[:rounds], strict=False):
             among, z = len(task.phase.work), self.settings.noise_multiplier
-            drawn = len(names) < among and not task.phase.always
+            # Only a uniform draw is known to hide who took part.
+            uniform = self.participation.sampling.kind == "uniform"
+            drawn = uniform and len(names) < among and not task.phase.always
             releases.append(Release(z, 1, "fixed", len(names), among) if drawn else Release(z, 1))
         return joined(releases)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from unfed.aggregation.base import Aggregator
-from unfed.base.types import SERVER, Broadcast, ClientUpdate, Combined, ServerState
+from unfed.base.types import SERVER, Broadcast, ClientFailure, ClientUpdate, Combined, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.history_writer import HistoryWriter
 from unfed.federated.schedule import FitTask, Participation, Schedule
 from unfed.federated.screening import Screening, ScreeningSettings
 from unfed.federated.transport import Transport
+from unfed.federated.turnout import Turnout
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,22 @@ def run_rounds(
         phase = task.phase
         members, server = [c for c in phase.work if c != SERVER], [c for c in phase.work if c == SERVER]
         clients = config.participation.select(members, config.seed, task.round, phase.always)
+        turnout = config.participation.turnout(task, clients, config.seed)
         keep.listener.round_started(task, clients)
         # A recipe's own rule works on whole factors.
         own_rule = not isinstance(phase.rule, str)
         broadcast = Broadcast(state.adapter) if own_rule else aggregator.broadcast(state, clients)
-        screening = Screening(broadcast, config.screening)
-        updates = screening.usable(transport.fit(task, broadcast, [*clients, *server]))
+        if phase.rule == "adopt":  # a phase that does not pass through the server's rule is no part of its variates
+            broadcast = replace(broadcast, control=None)
+        screening = Screening(broadcast, config.screening, dict(turnout.missing))
+        updates = screening.usable(_answers(transport, task, turnout, screening, server))
         if keep.history is not None:
             updates = keep.history.of_round(task, state, updates)
         done = _finish(task, aggregator, state, updates, len(clients))
         combined = done[0] if done else None
         reasons = [f"{c}: {r}" for c, r in screening.failures.items()]
-        config.participation.check(len(combined.client_ids) if combined else 0, len(clients), reasons)
+        survivors = len(combined.client_ids) if combined else 0
+        config.participation.check(survivors, len(clients), reasons, len(members))
         assert done is not None
         assert combined is not None
         before, state = state.digest(), done[1]
@@ -95,6 +100,7 @@ def run_rounds(
             error_is_estimate=combined.error_is_estimate,
             metrics=screening.metrics,
             notes=combined.notes,
+            simulated_seconds=turnout.length(config.participation.conditions, screening.metrics),
         )
         keep.records.append(record)
         if keep.history is not None:
@@ -102,6 +108,20 @@ def run_rounds(
         keep.save(state)
         keep.listener.round_ended(record, state)
     return state
+
+
+def _answers(
+    transport: Transport, task: FitTask, turnout: Turnout, screening: Screening, server: Sequence[str]
+) -> Iterator[ClientUpdate | ClientFailure]:
+    """Of those whose updates are taken; where one cannot be used, of the next that came back. The others are late."""
+    yield from transport.fit(task, screening.sent, turnout.trained)
+    for client in turnout.spare:
+        if len(screening.metrics) < len(turnout.trained):
+            yield from transport.fit(task, screening.sent, [client])
+        else:
+            screening.failures[client] = f"not needed: {len(turnout.trained)} others returned first"
+    if server:
+        yield from transport.fit(task, screening.sent, server)
 
 
 def _finish(
@@ -115,6 +135,7 @@ def _finish(
             return combined, replace(state, round=state.round + 1, adapter=adapter)
         by = aggregator.adopting() if rule == "adopt" else aggregator
         combined = by.combine(_first_or_raise(updates), num_clients, state)
+        combined = replace(combined, population=len([c for c in task.phase.work if c != SERVER]))
     except _NoUpdatesError:
         return None
     return combined, aggregator.advance(state, combined, adopt=rule == "adopt")

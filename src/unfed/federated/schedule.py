@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from unfed.base.errors import UnfedError
 from unfed.base.seeding import numpy_generator
 from unfed.base.types import AdapterState, ClientUpdate, Combined, ServerState, Split
+from unfed.federated.sampling import Sampling
+from unfed.federated.turnout import Conditions, Turnout, turnout
 from unfed.objectives.base import Objective
 from unfed.training.loop import Constraint
 
@@ -44,7 +47,8 @@ class Work:
 
     ``rows`` is the split whose rows make up an epoch; ``objective`` says what else it needs (a retain row beside
     each forget row, say). ``epochs`` may be a fraction. ``spread``: the phase's rounds share one run over the rows,
-    each takes its part of the steps; else every round begins an epoch anew. ``args`` replace fields of
+    each takes its part of the steps; else every round begins an epoch anew. ``steps``: so many optimizer steps a round
+    instead of ``epochs``. ``args`` replace fields of
     :class:`unfed.training.args.LoopArgs` for this work (another optimizer, say). ``constraint`` holds the weights after
     every step.
     """
@@ -56,6 +60,12 @@ class Work:
     shown: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
+    steps: int | None = None
+
+    @property
+    def amount(self) -> str:
+        """How much a client does in a round, for tables."""
+        return f"{self.epochs:g}" if self.steps is None else f"{self.steps} steps"
 
     @property
     def rows_name(self) -> str:
@@ -116,41 +126,60 @@ class Schedule:
         """Rows (phase, rounds, clients, objective and rows, epochs a round) for printing and for the record."""
         rows = []
         for phase in self.phases:
-            by_work: dict[tuple[str, str, float], list[str]] = {}
+            by_work: dict[tuple[str, str, str], list[str]] = {}
             for client, work in phase.work.items():
-                by_work.setdefault((work.objective.name, work.rows_name, work.epochs), []).append(client)
-            for (objective, split, epochs), clients in by_work.items():
+                by_work.setdefault((work.objective.name, work.rows_name, work.amount), []).append(client)
+            for (objective, split, amount), clients in by_work.items():
                 who = ", ".join(clients) if len(clients) <= 3 else f"{clients[0]} .. {clients[-1]}"
-                rows.append((phase.name, str(phase.rounds), who, f"{objective} on {split}", f"{epochs:g}"))
+                rows.append((phase.name, str(phase.rounds), who, f"{objective} on {split}", amount))
         return rows
 
 
 @dataclass(frozen=True)
 class Participation:
-    """Who takes part in a round: a fraction of the phase's clients, ``min_clients`` at least.
+    """Who takes part in a round: a fraction of the phase's clients, or ``number`` of them; ``min_clients`` at least.
 
-    A phase's ``always`` clients come first, the draw fills up with others.
+    A phase's ``always`` clients come first, the draw (``sampling``) fills up with others. ``oversample`` times as many
+    are invited, and the first that return are taken; ``conditions`` say who does, and when. ``steps``: the local steps
+    that a client has in a task (``None``: 1 for each).
     """
 
     fraction_fit: float = 1.0
     min_clients: int = 1
+    number: int | None = None
+    oversample: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+    conditions: Conditions = field(default_factory=Conditions)
+    steps: Callable[[FitTask, str], float] | None = None
+
+    def wanted(self, population: int) -> int:
+        """How many updates a round of a phase with so many clients is to have."""
+        share = round(self.fraction_fit * population) if self.number is None else self.number
+        return min(population, max(self.min_clients, share, 1))
 
     def select(self, clients: Sequence[str], seed: int, round_: int, always: Sequence[str] = ()) -> list[str]:
-        """The round's clients in the order of ``clients``; drawn without replacement from (seed, round)."""
-        wanted = max(min(self.min_clients, len(clients)), round(self.fraction_fit * len(clients)), 1)
-        if wanted >= len(clients):
+        """The clients that are invited, in the order of ``clients``; drawn without replacement from (seed, round)."""
+        asked = math.ceil(round(self.wanted(len(clients)) * self.oversample, 6))
+        if asked >= len(clients) and self.sampling.kind != "trace":
             return list(clients)
-        others = [c for c in clients if c not in always]
-        size = min(max(0, wanted - len(always)), len(others))
-        drawn = numpy_generator(seed, "select", round_).choice(len(others), size=size, replace=False) if size else ()
-        chosen = {*always, *(others[int(i)] for i in drawn)}
+        others = self.sampling.there([c for c in clients if c not in always], round_)
+        size = min(max(0, asked - len(always)), len(others))
+        drawn = self.sampling.draw(others, size, numpy_generator(seed, "select", round_))
+        chosen = {*always, *drawn}
         return [c for c in clients if c in chosen]
 
-    def check(self, survivors: int, invited: int, reasons: Sequence[str]) -> None:
-        """Raise ``UnfedError`` when too few clients are left in a round."""
-        needed = min(self.min_clients, invited)
+    def turnout(self, task: FitTask, invited: Sequence[str], seed: int) -> Turnout:
+        """Who of the invited comes back in time."""
+        steps = {c: 1.0 if self.steps is None else self.steps(task, c) for c in invited}
+        enough = self.wanted(len(task.phase.work))
+        return turnout(invited, steps, enough, task.phase.always, self.conditions, (seed, task.round))
+
+    def check(self, survivors: int, invited: int, reasons: Sequence[str], population: int | None = None) -> None:
+        """Raise ``UnfedError`` when too few are left in a round. ``population``: clients of the phase, where not all of
+        them could be asked."""
+        needed = min(self.min_clients, invited if population is None else population)
         if survivors < needed or survivors == 0:
+            told = "; ".join(reasons[:5]) or "none was there to be asked (clients.availability)"
             raise UnfedError(
-                f"only {survivors} of {invited} clients returned a usable update and min_clients={needed}: "
-                + "; ".join(reasons[:5])
+                f"only {survivors} of {invited} clients returned a usable update and min_clients={needed}: {told}"
             )

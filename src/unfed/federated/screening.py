@@ -54,12 +54,13 @@ class Screening:
                 self.failures[answer.client_id] = answer.reason
                 continue
             if answer.client_id != SERVER:
-                self.bytes_up += answer.adapter.nbytes if answer.nbytes is None else answer.nbytes
+                self.bytes_up += answer.sent
             if problems := self._problems(answer):
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 self._drop(answer.client_id, f"{problems[0]}{more}")
                 continue
-            self.metrics[answer.client_id] = dict(answer.metrics)
+            traffic = {"bytes_down": self.sent.nbytes([answer.client_id]), "bytes_up": answer.sent}
+            self.metrics[answer.client_id] = {**answer.metrics, **traffic}
             whole = answer.adapter.filled(self.sent.start(answer.client_id))
             if answer.client_id in self.sent.own:
                 whole = padded(whole, self.sent.adapter)
@@ -73,6 +74,8 @@ class Screening:
             for n, t in update.adapter.items()
             if n in like and t.dtype != like[n].dtype
         ]
+        if update.control is not None and self.sent.control is not None:
+            found += [f"control variate: {p}" for p in update.control.problems_against(self.sent.control)]
         known = self.settings.owned.get(update.client_id)
         if update.num_examples < 1:
             found.append(f"num_examples is {update.num_examples}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from transformers.trainer import Trainer
 from unfed.aggregation.privacy import ExamplePrivacy
 from unfed.base.errors import AdapterError, ConfigError
 from unfed.base.seeding import derive_seed
-from unfed.base.types import Batch, LossTerms, Split
+from unfed.base.types import AdapterState, Batch, LossTerms, Split
 from unfed.data.chat import EncodedExample
 from unfed.models.adapter import trainable_parameters
 from unfed.models.forward import token_logps
@@ -31,6 +31,7 @@ from unfed.objectives.base import Objective
 from unfed.training.args import LoopArgs, usable_optimizer
 from unfed.training.batches import BatchPlan, Collation, Step, steps_per_epoch
 from unfed.training.context import Companions, ModelContext
+from unfed.training.correction import Corrected
 from unfed.training.extent import Extent, Share
 from unfed.training.gradients import GradientRule, Micro, Passes, gradient_rule
 from unfed.training.precision import check_fp16, enable_checkpointing, make_accelerator
@@ -63,6 +64,8 @@ class LocalTask:
     ``window``: this call's share of the learning-rate schedule. ``part``: its share of one run over the rows;
     ``epochs`` are those of this call, all parts together take ``epochs * part.count``. ``after_step``: see
     :class:`Constraint`. ``privacy``: DP-SGD; ``args.max_grad_norm`` has no part in it, for every example is clipped.
+    ``steps``: so many optimizer steps instead of ``epochs``, over as many epochs as that takes.
+    ``correction``: what every gradient gets added, by tensor name (SCAFFOLD's ``c - c_k``).
     """
 
     plan: BatchPlan
@@ -73,17 +76,21 @@ class LocalTask:
     part: Share = field(default_factory=Share)
     after_step: Callable[[], bool] | None = None
     privacy: ExamplePrivacy | None = None
+    steps: int | None = None
+    correction: AdapterState | None = None
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Means over the steps; ``curve`` holds the loss of every optimizer step. ``num_examples`` counts one epoch."""
+    """Means over the steps; ``curve`` holds the loss of every optimizer step. ``num_examples`` counts one epoch.
+    ``gradient``: the mean of the gradients before their correction, where there was one."""
 
     steps: int
     num_examples: int
     loss: float
     parts: dict[str, float]
     curve: tuple[float, ...]
+    gradient: AdapterState | None = None
 
 
 class Local:
@@ -134,7 +141,8 @@ class Local:
         per_epoch = steps_per_epoch(task.plan.rows, task.plan.driver, self.args.step_size())
         part = task.part
         # Every call takes a step at least. Rounding: a third of 3 epochs is one epoch, whatever floats make of it.
-        whole = max(part.count, math.ceil(round(per_epoch * task.epochs * part.count, 6)))
+        steps = per_epoch * task.epochs if task.steps is None else task.steps
+        whole = max(part.count, math.ceil(round(steps * part.count, 6)))
         first, last = part.steps(whole)
         total = last - first
         if self.args.max_steps > 0:
@@ -148,7 +156,9 @@ class Local:
         if self.accelerator.scaler is not None:
             # What one client's overflow taught it must not reach the next client; a resumed run would not know it.
             self.accelerator.scaler.load_state_dict(self._fresh_scaler)
-        rule = self._rule(task, first, per_epoch)
+        rule, corrected = self._rule(task, first, per_epoch), None
+        if task.correction is not None:
+            rule = corrected = Corrected(rule, self.model, task.correction)
         log = _LossLog(self.args.logging_steps, total, task.on_step)
         try:
             for number, step in enumerate(self._steps(task.plan, first, total)):
@@ -164,7 +174,8 @@ class Local:
             self.model.train(was_training)
             optimizer.zero_grad(set_to_none=True)  # a client that broke off must leave nothing to the next one
             self._release()
-        return log.result(len(task.plan.rows.splits[task.plan.driver]))
+        result = log.result(len(task.plan.rows.splits[task.plan.driver]))
+        return result if corrected is None else replace(result, gradient=corrected.mean())
 
     def _rule(self, task: LocalTask, first: int, per_epoch: int) -> GradientRule:
         if task.privacy is None:

@@ -46,6 +46,8 @@ def cost_of(
 
 def steps_of(work: Work, rows: int, step_size: int, *, spread: int = 1) -> int:
     """Optimizer steps of one client in one round; where the work is spread over ``spread`` rounds, the mean."""
+    if work.steps is not None:
+        return work.steps if rows else 0
     per_epoch = math.ceil(rows / step_size)
     parts = spread if work.spread else 1
     return max(1, math.ceil(round(per_epoch * work.epochs * parts, 6) / parts)) if rows else 0
