@@ -14,9 +14,10 @@ from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_personal import personal_settings
 from unfed.config.checks_privacy import privacy_settings
-from unfed.config.checks_ranks import ranks_and_rules
+from unfed.config.checks_ranks import lora_settings, ranks_and_rules
 from unfed.config.checks_recipe import recipe_settings
 from unfed.config.checks_robust import hostile_settings, robust_settings
+from unfed.config.checks_together import combinations
 from unfed.config.schema import (
     AGGREGATORS,
     FEDERATED_TRAINERS,
@@ -189,20 +190,6 @@ def _all_in_rounds(recipe: RecipeConfig) -> bool:
     return recipe.name in ("interleaved", "not_lora") or recipe.params.get("forget") == "none"
 
 
-def _lora(config: RunConfig) -> Iterator[str]:
-    lora, prefix = config.model.model_args.lora_config, "model.model_args.lora_config"
-    if lora is None:
-        return
-    if lora.r < 1:
-        yield f"{prefix}.r={lora.r}: must be at least 1"
-    if lora.lora_alpha <= 0:
-        yield f"{prefix}.lora_alpha={lora.lora_alpha}: must be above 0"
-    if not 0 <= lora.lora_dropout < 1:
-        yield f"{prefix}.lora_dropout={lora.lora_dropout}: must be at least 0 and below 1"
-    if not lora.target_modules:
-        yield f"{prefix}.target_modules: names no module"
-
-
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if config.mode == "finetune" and data.train is None:
@@ -291,7 +278,8 @@ CHECKS = (
     hostile_settings,
     ranks_and_rules,
     client_settings,
-    _lora,
+    lora_settings,
+    combinations,
     _data,
     alternate_problems,
     _limits,

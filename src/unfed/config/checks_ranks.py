@@ -56,3 +56,18 @@ def count_problem(config: RunConfig, clients: int) -> str | None:
         return None
     counts = f"{len(ranks)} rank{'s' * (len(ranks) != 1)} for {clients} client{'s' * (clients != 1)}"
     return f"{shown(ranks)}: {counts}; give one for each, in their order, or one number for all"
+
+
+def lora_settings(config: RunConfig) -> Iterator[str]:
+    """Values of ``lora_config`` that make no adapter."""
+    lora, prefix = config.model.model_args.lora_config, "model.model_args.lora_config"
+    if lora is None:
+        return
+    if lora.r < 1:
+        yield f"{prefix}.r={lora.r}: must be at least 1"
+    if lora.lora_alpha <= 0:
+        yield f"{prefix}.lora_alpha={lora.lora_alpha}: must be above 0"
+    if not 0 <= lora.lora_dropout < 1:
+        yield f"{prefix}.lora_dropout={lora.lora_dropout}: must be at least 0 and below 1"
+    if not lora.target_modules:
+        yield f"{prefix}.target_modules: names no module"

@@ -30,12 +30,6 @@ def robust_settings(config: RunConfig) -> Iterator[str]:
         )
     if given.name != "fltrust" and given.root is not None:
         yield f"robust.root={given.root}: belongs to robust=fltrust; leave it out"
-    adapter = config.aggregator.params.get("adapter") if config.aggregator is not None else None
-    if adapter == "fedsa" and given.params.get("over", "effective") == "effective" and given.name != "screening":
-        yield (
-            f"{key}: with aggregator.adapter=fedsa every B stays at its client, so what the factors do together is not "
-            "known here; use robust.over=factors"
-        )
     yield from _counts(config, given, key)
     if given.name == "fltrust":
         yield from _root(config, given)

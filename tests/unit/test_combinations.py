@@ -1,0 +1,45 @@
+"""Settings that each stand alone and not together are refused, with the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from unfed.config.checks import consistency
+from unfed.config.schema import AggregatorConfig, PartitionConfig, PrivacyConfig, RobustConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"robust": "krum", "adapter": "fedsa"}, "robust=krum with aggregator.adapter=fedsa: .*use adapter=fedit"),
+        ({"robust": "median", "adapter": "fed_sb"}, "robust=median with aggregator.adapter=fed_sb"),
+        ({"robust": "median", "ranks": (2, 4, 4)}, "robust=median with partition.ranks: .*robust=screening"),
+        ({"robust": "median", "aggregator": "Scaffold"}, "robust=median with aggregator=Scaffold: .*aggregator=FedAvg"),
+        ({"robust": "median", "aggregator": "FedNova"}, "robust=median with aggregator=FedNova"),
+        ({"privacy": "local", "adapter": "fed_sb"}, "privacy=local with aggregator.adapter=fed_sb: .*privacy=example"),
+        ({"privacy": "central", "adapter": "fedsa"}, "privacy=central with aggregator.adapter=fedsa"),
+    ],
+)
+def test_what_is_not_defined_together_is_refused(small_run, tmp_path, changes, said):
+    params = {"weighting": "uniform"} | ({"adapter": changes["adapter"]} if "adapter" in changes else {})
+    config = small_run(
+        "finetune", tmp_path / "x", aggregator=AggregatorConfig(changes.get("aggregator", "FedAvg"), params)
+    )
+    config = dataclasses.replace(
+        config,
+        robust=RobustConfig(changes["robust"]) if "robust" in changes else None,
+        privacy=PrivacyConfig(changes["privacy"]) if "privacy" in changes else None,
+        partition=PartitionConfig(ranks=changes.get("ranks")),
+    )
+    problems = consistency(config)
+    assert any(re.search(said, p) for p in problems), problems
+
+
+def test_screening_and_example_level_privacy_go_with_them(small_run, tmp_path):
+    rule = AggregatorConfig("FedAvg", {"adapter": "fedsa"})
+    config = small_run("finetune", tmp_path / "x", aggregator=rule)
+    config = dataclasses.replace(config, robust=RobustConfig("screening"), privacy=PrivacyConfig("example"))
+    assert consistency(config) == []
