@@ -47,7 +47,9 @@ def test_oracle_never_saw_the_forget_rows(small_quickstart: Path) -> None:
 
 def test_report_is_one_page_that_loads_nothing(small_quickstart: Path) -> None:
     html = (small_quickstart / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 5  # what goes, what stays, the scatter, Mem and its like, the losses
+    assert (
+        html.count("data:image/png;base64,") == 6
+    )  # what goes, what stays, the scatter, Mem and its like, the losses, who owns what
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
     assert "<script" not in html
     for words in ("forget probability", "oracle", "What the models say", "What it cost"):

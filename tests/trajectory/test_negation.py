@@ -115,9 +115,9 @@ def test_the_update_of_the_chosen_layers_alone_is_negated(small_run, finetuned, 
     """What the first round starts from; the clients' own steps are left out."""
     seen = []
 
-    def untouched(self, task, adapter, client_id):
-        seen.append(adapter)
-        return ClientUpdate(client_id, adapter, 1, {"loss": 0.0})
+    def untouched(self, task, broadcast, client_id):
+        seen.append(broadcast.adapter)
+        return ClientUpdate(client_id, broadcast.adapter, 1, {"loss": 0.0})
 
     monkeypatch.setattr(Client, "fit", untouched)
     before, scaling = saved(finetuned)

@@ -10,7 +10,7 @@ from unfed.aggregation.base import Aggregator
 from unfed.base.types import SERVER, Broadcast, ClientFailure, ClientUpdate, Combined, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.history_writer import HistoryWriter
-from unfed.federated.schedule import FitTask, Participation, Schedule
+from unfed.federated.schedule import FitTask, Participation, Phase, Schedule
 from unfed.federated.screening import Screening, ScreeningSettings
 from unfed.federated.transport import Transport
 from unfed.federated.turnout import Turnout
@@ -68,11 +68,7 @@ def run_rounds(
         clients = config.participation.select(members, config.seed, task.round, phase.always)
         turnout = config.participation.turnout(task, clients, config.seed)
         keep.listener.round_started(task, clients)
-        # A recipe's own rule works on whole factors.
-        own_rule = not isinstance(phase.rule, str)
-        broadcast = Broadcast(state.adapter) if own_rule else aggregator.broadcast(state, clients)
-        if phase.rule == "adopt":  # a phase that does not pass through the server's rule is no part of its variates
-            broadcast = replace(broadcast, control=None)
+        broadcast = _broadcast(phase, aggregator, state, clients)
         screening = Screening(broadcast, config.screening, dict(turnout.missing))
         updates = screening.usable(_answers(transport, task, turnout, screening, server))
         if keep.history is not None:
@@ -108,6 +104,15 @@ def run_rounds(
         keep.save(state)
         keep.listener.round_ended(record, state)
     return state
+
+
+def _broadcast(phase: Phase, aggregator: Aggregator, state: ServerState, clients: Sequence[str]) -> Broadcast:
+    """What goes out: a recipe's own rule works on whole factors, and a phase that does not pass through the server's
+    rule is no part of its control variates."""
+    if not isinstance(phase.rule, str):
+        return Broadcast(state.adapter)
+    broadcast = aggregator.broadcast(state, clients)
+    return replace(broadcast, control=None) if phase.rule == "adopt" else broadcast
 
 
 def _answers(
