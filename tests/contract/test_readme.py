@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from unfed.base.errors import ConfigError
-from unfed.cli import alternates, evaluate, fed_train, partition, show, study, sweep, train, tune_rank
+from unfed.cli import alternates, evaluate, fed_train, network, partition, show, study, sweep, train, tune_rank
 from unfed.config import compat, load, schema
 from unfed.config.sweep_runs import checked
 
@@ -29,6 +29,7 @@ PAIRS = {
     "docs/evaluation.md": "docs/evaluation.zh-CN.md",
     "docs/sweeps.md": "docs/sweeps.zh-CN.md",
     "docs/clients.md": "docs/clients.zh-CN.md",
+    "docs/network.md": "docs/network.zh-CN.md",
     "docs/privacy.md": "docs/privacy.zh-CN.md",
     "docs/robust.md": "docs/robust.zh-CN.md",
 }
@@ -75,7 +76,7 @@ SEARCHED = 8
 """Of the guide's search: three corners, and the six combinations of method and seed less the one that is a corner."""
 OTHERS = {"make", "pip", "source", "python3.11"}
 """Commands that are not ours; test_project.py looks at make's targets."""
-AFTERWARDS = {("unfed", "report"), ("unfed", "compare")}
+AFTERWARDS = {("unfed", "report"), ("unfed", "compare"), ("unfed", "network")}
 """Commands of ours without a configuration."""
 MANY = {("unfed", "sweep"): sweep.sweep, ("unfed", "tune-rank"): tune_rank.tune_rank}
 """Commands of ours that make many runs."""
@@ -133,6 +134,19 @@ def test_every_command_of_the_readme_composes_into_a_valid_run_as_it_stands():
             problems.append(f"{shlex.join(words)}: {e}")
     assert not problems
     assert {("finetune", "SAMPLE_TRAIN"), ("unlearn", "by_script"), ("eval", "fed_lora_unlearn")} <= composed
+
+
+def test_every_command_about_a_network_is_one_and_what_is_submitted_composes():
+    submitted = []
+    for page in ("docs/network.md", "examples/network/README.md", "examples/network/README.zh-CN.md"):
+        for words in (w for w in commands(page) if w[:2] == ("unfed", "network")):
+            assert words[2] in network.COMMANDS
+            if words[2] != "submit":
+                continue
+            named = ["--config-name=train-lora.yaml", *(w for w in words if w.startswith("--config-name="))]
+            overrides = [w for w in words[3:] if w not in {"--kit", "KIT", *named}]
+            submitted.append(compat.resolve([named[-1], "engine=nvflare", *overrides], "train-lora.yaml").mode)
+    assert submitted == ["finetune", "unlearn", *["finetune", "unlearn", "finetune"] * 2]
 
 
 def test_every_command_about_methods_composes_and_every_method_has_a_section():

@@ -110,8 +110,15 @@ def read_rows(config: RunConfig) -> Rows:
     return rows
 
 
+def rows_are_elsewhere(config: RunConfig) -> bool:
+    """Whether only the clients' own machines can read the rows: here they are known by their ids."""
+    return config.engine.name == "nvflare"
+
+
 def forget_rows(config: RunConfig) -> tuple[Example, ...]:
     """The rows that an unlearning run is to forget."""
+    if rows_are_elsewhere(config):
+        return tuple({"id": i} for i in config.data.forget_ids)
     rows, chosen = _load(config.data.forget, config.paths.data_dir), set(config.data.forget_ids)
     return tuple(e for e in rows if e["id"] in chosen) if chosen else rows
 

@@ -112,6 +112,8 @@ def settle(config: RunConfig, since: Sequence[Forgotten] = ()) -> tuple[RunConfi
     config = replace(config, data=data)
     if data.forget_ids or (not config.forget.given and not gone):
         return config, before
+    if not config.forget.given and build.rows_are_elsewhere(config):
+        return config, before  # the sites say which rows these are
     if not config.forget.given:
         return replace(config, data=replace(data, forget_ids=_not_again(config, gone))), before
     found, made, partition = selected(config, gone)
@@ -146,8 +148,11 @@ def selected(config: RunConfig, before: set[str]) -> tuple[Selection, RunConfig,
         )
     _, made = read_source(place)
     made = replace(made, paths=config.paths)
-    rows = build.read_rows(made).train
     partition = Partition.read(place / PARTITION_FILE)
+    if build.rows_are_elsewhere(config):
+        rows: Sequence[Example] = [{"id": i} for ids in partition.clients.values() for i in ids]
+        return select(config.forget, rows, partition, before), made, partition
+    rows = build.read_rows(made).train
     partition.owners(row["id"] for row in rows)  # refuses rows that are not those that were dealt
     return select(config.forget, rows, partition, before), made, partition
 

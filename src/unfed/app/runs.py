@@ -14,11 +14,9 @@ from unfed.aggregation.base import Aggregator
 from unfed.app import (
     build,
     cores,
-    encode,
     hostile,
     isolated,
     methods,
-    ownership,
     personal,
     privacy,
     recipes,
@@ -29,6 +27,7 @@ from unfed.app import (
 )
 from unfed.app.during import Listeners, RoundEvaluation
 from unfed.app.evaluate import check_tokens, evaluate_model, evaluation_rows
+from unfed.app.fleet import HERE, Fleet, Mission, fleet_of
 from unfed.app.oracle import with_oracle
 from unfed.app.outcome import advise, left_out, memory_settings, warnings_of
 from unfed.app.probe import origin_of, probe_forget_loss
@@ -40,10 +39,11 @@ from unfed.app.rundir import (
     refuse_unfinished,
     training_identity,
 )
-from unfed.app.saving import save_run
+from unfed.app.saving import resumed, save_run
 from unfed.app.schedules import resolved_settings
 from unfed.app.source import refuse_changed
 from unfed.app.tracking import tracking
+from unfed.app.worker import make_client, make_local
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import AdapterError, UnfedError
 from unfed.base.types import AdapterState, ServerState
@@ -54,7 +54,7 @@ from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.client import Client, ClientData
 from unfed.federated.own import OwnFactors
 from unfed.federated.rounds import RoundsConfig, RunKeeper
-from unfed.federated.transport import InProcess
+from unfed.federated.transport import Transport
 from unfed.models.adapter import ADAPTER_NAME, snapshot
 from unfed.models.load import LoadedModel, load_model, same_base
 from unfed.models.second import LEARNED
@@ -76,17 +76,22 @@ class RunResult:
     evaluation: EvalResult | None = None
 
 
-def run(config: RunConfig) -> RunResult:
-    """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend."""
+def run(config: RunConfig, fleet: Fleet | None = None) -> RunResult:
+    """Run what the configuration's mode says. Raises ``UnfedError`` for everything the user can mend.
+
+    ``fleet``: where the clients are (``None``: in this process).
+    """
     try:
+        fleet = fleet or fleet_of(config)
         config, before = requests.settle(config)
+        config = fleet.resolved(config)
         if config.mode == "unlearn" and config.oracle == "auto":
             # A mistake of the run itself is found before its oracle is trained.
-            prepared(*recipes.settled(config), before)
+            prepared(*recipes.settled(config), before, fleet)
             config = with_oracle(config, run)
         if config.mode == "eval":
             return evaluate_only(config)
-        return train(*recipes.settled(config), before)
+        return train(*recipes.settled(config), before, fleet)
     except torch.OutOfMemoryError as e:
         raise UnfedError(advice.out_of_memory(memory_settings(config), str(e))) from e
 
@@ -136,11 +141,12 @@ def _same_base(loaded: LoadedModel) -> None:
 
 
 def prepared(
-    config: RunConfig, source: Source | None, before: Sequence[requests.Forgotten]
+    config: RunConfig, source: Source | None, before: Sequence[requests.Forgotten], fleet: Fleet = HERE
 ) -> tuple[build.Rows, Partition, str, Situation]:
     """What can be known of a training without its model: rows, partition and where it comes from, who unlearns.
 
-    ``config`` and ``source``: see :func:`unfed.app.recipes.settled`. Raises ``UnfedError`` for what cannot be done.
+    ``config`` and ``source``: see :func:`unfed.app.recipes.settled`; ``before``: :func:`unfed.app.requests.settle`;
+    ``fleet``: where the clients are. Raises ``UnfedError`` for what cannot be done.
     """
     build.refuse_unknown(config)
     if config.resume:
@@ -148,9 +154,7 @@ def prepared(
     else:
         refuse_unfinished(Path(config.paths.output_dir), overwrite=config.overwrite)
     methods.refuse_scope(config)
-    rows = server_rows.apart(config, build.read_rows(config))
-    encode.alternates_of(config, rows)  # a file that does not serve is found before the model is opened
-    partition, where = build.settle_partition(config, rows)
+    rows, partition, where = fleet.rows(config)
     hostile.hostile_clients(config, partition.clients)
     turnout.trace_of(config, partition.client_ids)
     if config.mode == "finetune":
@@ -168,19 +172,22 @@ def prepared(
     return rows, partition, where, situation
 
 
-def train(config: RunConfig, source: Source | None = None, before: Sequence[requests.Forgotten] = ()) -> RunResult:
-    """Fine-tune or unlearn over the schedule, save, evaluate. ``source``: see :func:`unfed.app.recipes.settled`;
-    ``before``: see :func:`unfed.app.requests.settle`."""
+def train(
+    config: RunConfig,
+    source: Source | None = None,
+    before: Sequence[requests.Forgotten] = (),
+    fleet: Fleet = HERE,
+) -> RunResult:
+    """Fine-tune or unlearn over the schedule, save, evaluate. The arguments are those of :func:`prepared`."""
     assert config.trainer is not None
     args = loop_args(config.trainer.args)
-    rows, partition, where, situation = prepared(config, source, before)
+    rows, partition, where, situation = prepared(config, source, before, fleet)
     with open_run(config) as directory:
         loaded = open_model(config, trainable=True)
         check_tokens(config, loaded)
-        clients = encode.encode_clients(config, loaded, rows, partition)
-        clients = recipes.with_proxy(config, rows, hostile.wronged(config, loaded, rows, partition, clients))
+        clients = fleet.clients(config, loaded, rows, partition)
         rule = build.server_rule(config, loaded, partition)
-        local = Local(loaded.model, args, build.collation(config, loaded), config.seed)
+        local = make_local(config, loaded)
         cores.begin(directory, rule, loaded, local, clients)
         plan, notes = recipes.plan_of(config, args, situation, clients, rule, loaded)
         rule, accountant = privacy.begin(config, plan.schedule, clients, args, rule, source)
@@ -194,32 +201,30 @@ def train(config: RunConfig, source: Source | None = None, before: Sequence[requ
         trained = isolated.limited(plan, situation, clients, start.adapter)
         trained |= {} if server is None else {server.client_id: server}
         own = personal.own_factors(config, directory.path, rule, start, clients)
-        by_phase = config.trainer.method_args.lr_schedule == "phase"
-        client = Client(local, trained, opened, lr_per_phase=by_phase, store=own.store)
-        client.privacy = privacy.privacy_of(config)
+        client = make_client(config, (loaded, local), trained, opened, own.store)
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened), **personal.inputs(own)}
         identity = {**training_identity(config), "inputs": inputs | turnout.inputs(config, partition.client_ids)}
         checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
-        state, keeper = _resume(config, checkpoints, start)
-        notes |= ownership.keep(directory.path, rows, partition)
+        state, keeper = resumed(config, checkpoints, start)
+        notes |= fleet.keep(directory.path, rows, partition)
         server_rows.keep(directory.path, config, rows)
         notes |= requests.note(config, rows.forget, partition, before) | hostile.note(config, partition)
+        readable = clients if fleet.has_rows else {}
         notes |= {"base": loaded.base, "base_fingerprint": loaded.fingerprint}
-        notes |= {
-            **probe_forget_loss(local, clients, situation.targets, loaded),
-            **turnout.announce(config, rule, clients),
-        }
+        notes |= turnout.announce(config, rule, clients)
+        notes |= probe_forget_loss(local, readable, situation.targets if readable else (), loaded)
         directory.note(schedule=schedule.table(), settings=settings, **notes)
         work = _Training(config, directory, loaded, local, clients, rule, plan, situation, own)
-        state = _rounds(work, client, state, keeper, start.adapter)
+        with fleet.transport(Mission(config, loaded, client, rows, partition, opened, clients)) as transport:
+            state = _rounds(work, (client, transport, readable), state, keeper, start.adapter)
+            directory.note(**fleet.measured(state.adapter, state.base_residual))
         warnings = hostile.warning(config, partition) + warnings_of(schedule, client, keeper.records)
-        warnings += left_out(schedule, keeper.records, situation.targets)
-        warnings += personal.remind(config, situation.targets)
+        warnings += left_out(schedule, keeper.records, situation.targets) + personal.remind(config, situation.targets)
         seen = requests.seen_after(config, rows, loaded.adapter_path, source)
         loaded, local, adapter = _served(work, own.served(state))
-        save_run(directory, loaded, local, adapter, clients, seen)
-        personal.Personal(config, directory, loaded, local, adapter, clients).finish(own, state)
+        save_run(directory, loaded, local, adapter, readable, seen)
+        personal.Personal(config, directory, loaded, local, adapter, readable).finish(own, state)
         directory.note(privacy=privacy.end(config, accountant, keeper.records, state, source))
         directory.note(rounds=keeper.records, warnings=warnings, adapter=adapter.digest())
         result = _evaluate_after(config, loaded, directory)
@@ -242,12 +247,19 @@ class _Training:
     own: OwnFactors
 
 
-def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeeper, start: AdapterState) -> ServerState:
+def _rounds(
+    work: _Training,
+    clients: tuple[Client, Transport, Mapping[str, ClientData]],
+    state: ServerState,
+    keeper: RunKeeper,
+    start: AdapterState,
+) -> ServerState:
     """Run the plan from ``state`` on, with progress, trackers, looks between rounds and history."""
+    client, transport, readable = clients
     config, directory, schedule, args = work.config, work.directory, work.plan.schedule, work.local.args
     with tracking(args.report_to, directory.path, args.run_name or config.task_name) as track:
         reporter = Reporter(schedule, state.round, track)
-        between = RoundEvaluation(config, work.loaded, schedule, work.clients, args.eval_strategy, track, work.own)
+        between = RoundEvaluation(config, work.loaded, schedule, readable, args.eval_strategy, track, work.own)
         client.on_step, keeper.listener = reporter.stepped, Listeners((reporter, between))
         keeper.on_save = lambda _: directory.note(rounds=keeper.records)
         keeper.history = recipes.keep_history(config, directory, work.rule, schedule, state)
@@ -256,7 +268,7 @@ def _rounds(work: _Training, client: Client, state: ServerState, keeper: RunKeep
             follow = isolated.runner(work.plan, start, directory.path)
             screening = build.screening(config, work.loaded, work.clients)
             rounds = RoundsConfig(config.seed, turnout.participation(config, work.clients, args), screening)
-            transport = hostile.on_the_wire(config, work.clients, InProcess(client.fit))
+            transport = hostile.on_the_wire(config, work.clients, transport)
             return follow(transport, work.rule, state, rounds, keeper)
         except UnfedError as e:
             advise(e, schedule, len(keeper.records))
@@ -273,18 +285,6 @@ def _served(work: _Training, state: ServerState) -> tuple[LoadedModel, Local, Ad
         return isolated.with_residual(work.loaded, work.local, state)
     adapter = cores.end(work.loaded, state.adapter)
     return second.finish(work.directory, work.loaded, work.local, adapter)
-
-
-def _resume(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
-    found = checkpoints.latest() if config.resume else None
-    if found is None:
-        if config.resume:
-            lost = "no checkpoint can be read" if checkpoints.exist() else "no round was finished yet"
-            say(f"resume=true: {lost}, starting with the first round")
-        return fresh, RunKeeper(checkpoints=checkpoints)
-    state, records = found
-    say(f"resuming after round {state.round}")
-    return state, RunKeeper(records=records, checkpoints=checkpoints)
 
 
 def _evaluate_after(config: RunConfig, loaded: LoadedModel, directory: RunDir) -> EvalResult | None:

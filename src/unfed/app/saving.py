@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unfed.app.probe import ORIGIN_FILE, forget_loss
+from unfed.app.progress import say
 from unfed.app.rundir import TRAIN_ROWS_FILE, RunDir
 from unfed.base.artifacts import write_json
 from unfed.base.errors import ArtifactError
-from unfed.base.types import AdapterState
+from unfed.base.types import AdapterState, ServerState
+from unfed.config.schema import RunConfig
+from unfed.federated.checkpoint import Checkpoints
 from unfed.federated.client import ClientData
+from unfed.federated.rounds import RunKeeper
 from unfed.models.adapter import save_adapter
 from unfed.models.load import LoadedModel
 from unfed.training.loop import Local
@@ -43,3 +47,16 @@ def save_run(
     if probe is not None:
         origin["forget_loss"] = probe
     write_json(directory.path / ORIGIN_FILE, origin)
+
+
+def resumed(config: RunConfig, checkpoints: Checkpoints, fresh: ServerState) -> tuple[ServerState, RunKeeper]:
+    """Where the rounds begin: after the last checkpoint of a run that is resumed, else with ``fresh``."""
+    found = checkpoints.latest() if config.resume else None
+    if found is None:
+        if config.resume:
+            lost = "no checkpoint can be read" if checkpoints.exist() else "no round was finished yet"
+            say(f"resume=true: {lost}, starting with the first round")
+        return fresh, RunKeeper(checkpoints=checkpoints)
+    state, records = found
+    say(f"resuming after round {state.round}")
+    return state, RunKeeper(records=records, checkpoints=checkpoints)

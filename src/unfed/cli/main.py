@@ -45,6 +45,9 @@ COMMANDS: Mapping[str, Command] = {
         "from a small rank and few modules upwards until a target is met", "unfed.cli.tune_rank:tune_rank"
     ),
     "partition": Command("show who owns what: a table and a picture", "unfed.cli.partition:main"),
+    "network": Command(
+        "runs across organisations that keep their data: provision, start, submit, ...", "unfed.cli.network:main"
+    ),
     "config": Command("print the run that these overrides describe", "unfed.cli.show:config"),
     "plan": Command("print what such a run trains, sends and needs", "unfed.cli.show:plan"),
 }

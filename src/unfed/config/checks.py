@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unfed.base.errors import nearest
 from unfed.config.checks_clients import client_settings
+from unfed.config.checks_engine import engine_settings
 from unfed.config.checks_eval import evaluation_settings, metric_names
 from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_personal import personal_settings
@@ -263,8 +264,6 @@ def _limits(config: RunConfig) -> Iterator[str]:
     multiple = config.collator.pad_to_multiple_of
     if multiple is not None and multiple < 1:
         yield f"collator.pad_to_multiple_of={multiple}: must be at least 1"
-    if config.engine.keep_checkpoints < 1:
-        yield f"engine.keep_checkpoints={config.engine.keep_checkpoints}: must be at least 1"
 
 
 CHECKS = (
@@ -285,4 +284,5 @@ CHECKS = (
     _limits,
     partition_settings,
     evaluation_settings,
+    engine_settings,
 )

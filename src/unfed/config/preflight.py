@@ -73,6 +73,8 @@ def _robustness_models(config: RunConfig) -> Iterator[str]:
 def _data_files(config: RunConfig) -> Iterator[str]:
     from unfed.data.datasets import preflight as look
 
+    if config.engine.name == "nvflare":  # they are at the sites, which look for themselves
+        return
     sets = {(d.path, d.name): d for _, d in datasets(config)}
     try:
         found = [problem for spec in sets.values() for problem in look(spec, config.paths.data_dir)]

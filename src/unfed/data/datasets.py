@@ -45,6 +45,22 @@ def load_rows(spec: DatasetSpec, data_dir: Path | str | None = None) -> list[Exa
     return [{**row, "id": i, "question": q, "answer": a} for row, i, (q, a) in zip(raw[kept], ids, pairs, strict=True)]
 
 
+def local_rows(spec: DatasetSpec, data_dir: Path | str, *, optional: bool = False) -> list[Example]:
+    """As :func:`load_rows`, from files below ``data_dir`` alone. ``optional``: what has no file has no rows.
+
+    Raises ``DataError`` for a file that is missing, and for ``fictional``, whose rows are the same everywhere.
+    """
+    if spec.path == FICTIONAL:
+        raise DataError("fictional: the generator's rows are the same everywhere; write them to files and deal those")
+    files = {part: Path(data_dir) / part.folder / f"{part.full_name}.json" for part in _parts(spec)}
+    lacking = [str(file) for file in files.values() if not file.is_file()]
+    if lacking and not optional:
+        raise DataError(f"{lacking[0]} is not there")
+    there = [part for part, file in files.items() if file.is_file()]
+    joined = "+".join(p.name if p.limit is None else f"{p.name}[:{p.limit}]" for p in there)
+    return load_rows(replace(spec, name=joined), data_dir) if there else []
+
+
 def _parts(spec: DatasetSpec) -> list[DatasetSpec]:
     """The data sets that a name joins, each with its own ``limit``."""
     found = []

@@ -45,6 +45,20 @@ def model_digest(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> ModelD
     return ModelDigest(digest_json([base, _tensors(own.items()), config]), base)
 
 
+def base_facts(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Digests of what must be the same on every machine of a run, whatever device it is on: the weights beneath the
+    adapter (bit for bit, names included), the settings of the model, the tokenizer. Reads all weights once."""
+    own = {t.data_ptr() for t in live_tensors(model).values()} if isinstance(model, PeftModel) else set()
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = getattr(inner, "config", None)
+    text = [tokenizer.get_vocab(), list(map(str, _stops(tokenizer))), str(tokenizer.chat_template)]
+    return {
+        "weights": _tensors((n, t) for n, t in model.named_parameters() if t.data_ptr() not in own),
+        "config": digest_json(_plain(found.to_dict()) if found is not None else None),
+        "tokenizer": digest_json(text),
+    }
+
+
 def _stops(tokenizer: PreTrainedTokenizerBase) -> Iterable[Any]:
     """What decides, beside the vocabulary, how tokens become text and where text ends."""
     marks = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.padding_side)

@@ -1,0 +1,65 @@
+"""Settings of an engine, and what cannot be done where the clients' rows are on other machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+
+NOT_OVER_A_NETWORK = {
+    "isolated": "its shards are trained on rows that it picks, and are served from one place",
+    "distill": "it looks for retain rows near the forget rows, which would have to leave their sites",
+    "unlearning_adapter": "its clients train on top of a second adapter, which is not sent yet",
+    "task_arithmetic": "its clients train on top of a second adapter, which is not sent yet",
+}
+"""Recipes, and why not."""
+
+
+def engine_settings(config: RunConfig) -> Iterator[str]:
+    """Numbers out of their limits; for ``nvflare``, what needs the rows at the server."""
+    engine = config.engine
+    if engine.keep_checkpoints < 1:
+        yield f"engine.keep_checkpoints={engine.keep_checkpoints}: must be at least 1"
+    for key in ("timeout", "ping", "rate"):
+        value = getattr(engine, key)
+        if not 0 < value < math.inf:
+            yield f"engine.{key}={value:g}: must be above 0, and finite"
+    if engine.misses < 1:
+        yield f"engine.misses={engine.misses}: must be at least 1"
+    if engine.name == "nvflare":
+        yield from _network(config)
+
+
+def _network(config: RunConfig) -> Iterator[str]:
+    key, way = "engine=nvflare", "leave it out, or use engine=inprocess where all rows are in one place"
+    if config.mode == "eval" or config.trainer is None or config.trainer.handler not in FEDERATED_TRAINERS:
+        yield f"{key}: trains across sites; evaluate, and train in one place, with engine=inprocess"
+        return
+    if not config.model.model_args.use_lora:
+        yield f"model.model_args.use_lora=false: over a network adapters travel, not whole models ({key})"
+    if config.recipe is not None and config.recipe.name in NOT_OVER_A_NETWORK:
+        why = NOT_OVER_A_NETWORK[config.recipe.name]
+        yield f"recipe={config.recipe.name}: not with {key}: {why}; use recipe=local_then_recover or recipe=retrain"
+    yield from _rules(config, key, way)
+    if config.oracle is not None:
+        yield f"oracle={config.oracle}: with {key} the oracle is a run of its own; {way}"
+    for name in ("idk", "alternate", "exclude"):
+        if getattr(config.data, name) is not None:
+            yield f"data.{name}: is read where the rows are, and {key} has them at the sites; {way}"
+    for name in ("authors", "topics"):
+        if getattr(config.forget, name):
+            yield f"forget.{name}: {key} has no rows to look in; a request travels as forget.ids or forget.clients"
+    if config.mode == "finetune" and config.partition.manifest is not None:
+        yield f"partition.manifest: with {key} each site owns what it has; leave it out"
+
+
+def _rules(config: RunConfig, key: str, way: str) -> Iterator[str]:
+    """Server rules that work with rows, or with what stays at a client."""
+    rule = config.aggregator.params.get("adapter") if config.aggregator is not None else None
+    if rule in ("fedsa", "fed_sb"):
+        yield f"aggregator.adapter={rule}: not with {key} yet: it begins, or ends, with what is at the clients; {way}"
+    if config.robust is not None and config.robust.name == "fltrust":
+        yield f"robust=fltrust: needs rows at the server, and {key} has none there; take another rule"
+    if config.hostile is not None:
+        yield f"hostile={config.hostile.name}: is for studies in one process; {way}"

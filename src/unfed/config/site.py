@@ -1,0 +1,88 @@
+"""What a party of a network keeps to itself: a site's file of data, base model and permissions; the server's places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from unfed.base.errors import ConfigError, nearest
+from unfed.base.params import STRICT
+
+SITE_FILE = "unfed.yml"
+"""In the folder ``local`` of a party's startup kit."""
+Task = Literal["finetune", "unlearn", "measure"]
+TASKS: tuple[Task, ...] = ("finetune", "unlearn", "measure")
+
+
+@dataclass(frozen=True)
+class SiteFile:
+    """What a site has and permits. No path in it is ever named by, or told to, the server.
+
+    ``data_dir``: its data root (``<data_dir>/<folder>/<name>.json``). ``base_model``: its copy of the base model.
+    ``datasets``: those that a job may ask for, as ``data.<split>.path`` names them. ``tasks``: what may be done with
+    them (``measure``: how well a model knows the site's rows, as a few numbers). ``largest_payload``: MB of a message.
+    ``smallest_share``: a task on fewer rows than that is refused, for an update of few rows tells most of them.
+    ``state``: where tensors are kept that never leave the site. ``device``: the model's (``None``: as the job says).
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    data_dir: str
+    base_model: str
+    datasets: tuple[str, ...]
+    tasks: tuple[Task, ...] = TASKS
+    largest_payload: float = 512.0
+    smallest_share: int = 1
+    state: str | None = None
+    device: str | None = None
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest message."""
+        return int(self.largest_payload * 1e6)
+
+
+@dataclass(frozen=True)
+class ServerFile:
+    """``outputs``: the one directory below which runs may be written."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    outputs: str
+
+
+PATHS = ("data_dir", "base_model", "state", "outputs")
+File = TypeVar("File", SiteFile, ServerFile)
+
+
+def read_site_file(path: Path, kind: type[File]) -> File:
+    """A party's own file; paths in it are relative to the folder of its kit. ``ConfigError`` with every problem."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError([f"{path}: {e.strerror or e}; unfed network provision writes one to be filled in"]) from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(e).split())}"]) from e
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path}: holds no settings"])
+    try:
+        found = TypeAdapter(kind).validate_python(raw)
+    except ValidationError as e:
+        raise ConfigError([_words(path, kind, error["loc"], error["msg"]) for error in e.errors()]) from e
+    paths = {k: str(path.parent.parent / value) for k in PATHS if (value := getattr(found, k, None)) is not None}
+    return replace(found, **paths)
+
+
+def _words(path: Path, kind: type[Any], loc: tuple[Any, ...], said: str) -> str:
+    key = str(loc[0]) if loc else "?"
+    known = kind.__dataclass_fields__
+    if key not in known:
+        return f"{path}: {key}: no such setting{nearest(key, known)}"
+    return f"{path}: {key}: {said.removeprefix('Input should be ')}"
+
+
+def below(root: str | Path, path: str | Path) -> bool:
+    """Whether ``path``, links followed, lies below ``root``."""
+    return Path(path).resolve().is_relative_to(Path(root).resolve()) and Path(path).resolve() != Path(root).resolve()

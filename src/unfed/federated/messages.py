@@ -1,0 +1,206 @@
+"""What travels between a server and its clients' machines: JSON for what is said, safetensors for tensors.
+
+A message is the length of a JSON text (8 bytes, little endian), the text (``{"head": ..., "states": [[name, tensors],
+...]}``), and for every tensor the length of a safetensors file and the file. So it can be written and read tensor by
+tensor. Nothing is unpickled, and whatever does not have this form is refused with :class:`MessageError`, which no run
+dies of.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from unfed.base.errors import ClientError
+from unfed.base.types import AdapterState, Broadcast, ClientUpdate
+
+LARGEST_HEAD = 16 * 2**20
+"""Bytes of JSON that are read at most: the ids of some hundred thousand rows."""
+LARGEST = 4 * 2**30
+"""Bytes of a message that are read at most, where nobody says otherwise."""
+_LENGTH = struct.Struct("<Q")
+
+
+class MessageError(ClientError):
+    """Bytes that are no message, or a message that does not say what it should."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """``head``: plain data. ``states``: adapters by name, in order."""
+
+    head: Mapping[str, Any]
+    states: Mapping[str, AdapterState] = field(default_factory=dict)
+
+    def get(self, key: str, kind: type[Any] | tuple[type[Any], ...]) -> Any:
+        """An entry of the head that must be of a kind; ``MessageError`` when it is not (a bool is no number)."""
+        value = self.head.get(key)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise MessageError(f"the message's {key} is {type(value).__name__}, not {kinds[0].__name__}")
+        return value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors: about what travels."""
+        return sum(state.nbytes for state in self.states.values())
+
+    def parts(self) -> Iterator[bytes]:
+        """The message's bytes, a tensor at a time."""
+        states = [[name, len(state)] for name, state in self.states.items()]
+        text = json.dumps({"head": self.head, "states": states}, allow_nan=False).encode()
+        yield _LENGTH.pack(len(text)) + text
+        for state in self.states.values():
+            for name, tensor in state.items():
+                blob = safetensors.torch.save({name: tensor.contiguous()})
+                yield _LENGTH.pack(len(blob)) + blob
+
+    def pack(self) -> bytes:
+        """The message as one ``bytes``."""
+        return b"".join(self.parts())
+
+    @staticmethod
+    def peek(data: bytes) -> Mapping[str, Any]:
+        """The head of a message alone, for whoever passes it on. ``MessageError``: no message."""
+        length = int.from_bytes(data[: _LENGTH.size], "little")
+        if length > min(LARGEST_HEAD, len(data) - _LENGTH.size):
+            raise MessageError("the message is cut short")
+        try:
+            head = json.loads(bytes(data[_LENGTH.size : _LENGTH.size + length]))["head"]
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise MessageError(f"these bytes are no message ({type(e).__name__})") from e
+        if not isinstance(head, dict):
+            raise MessageError("these bytes are no message")
+        return head
+
+    @classmethod
+    def read(cls, stream: BinaryIO, largest: int = LARGEST) -> Message:
+        """The message that ``stream`` gives next. ``MessageError``: more than ``largest`` bytes, or no message."""
+        left = [largest]
+        try:
+            said = json.loads(_sized(stream, left, LARGEST_HEAD))
+            head, states = said["head"], {}
+            for name, count in said["states"]:
+                if not isinstance(name, str) or not isinstance(count, int):
+                    raise MessageError("these bytes are no message (states)")
+                tensors: dict[str, Tensor] = {}
+                for _ in range(count):
+                    tensors |= safetensors.torch.load(_sized(stream, left, largest))
+                states[name] = AdapterState(tensors)
+        except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as e:
+            raise MessageError(f"these bytes are no message ({type(e).__name__})") from e
+        if not isinstance(head, dict):
+            raise MessageError("these bytes are no message (head)")
+        return cls(head, states)
+
+    @classmethod
+    def unpack(cls, data: bytes, largest: int = LARGEST) -> Message:
+        """The message that ``data`` holds and nothing else: see :meth:`read`."""
+        stream = io.BytesIO(data)
+        message = cls.read(stream, largest)
+        if stream.tell() != len(data):
+            raise MessageError("these bytes are no message (something is left over)")
+        return message
+
+
+def _sized(stream: BinaryIO, left: list[int], most: int) -> bytes:
+    """The next piece of a stream, whose length stands before it; ``left``: bytes that may still be read."""
+    before = stream.read(_LENGTH.size)
+    (length,) = _LENGTH.unpack(before) if len(before) == _LENGTH.size else (0,)
+    left[0] -= _LENGTH.size + length
+    if left[0] < 0 or length > most:
+        raise MessageError("the message is larger than what is taken")
+    data = stream.read(length)
+    if len(before) < _LENGTH.size or len(data) < length:
+        raise MessageError("the message is cut short")
+    return data
+
+
+def broadcast_message(head: Mapping[str, Any], broadcast: Broadcast, client_id: str) -> Message:
+    """What one client gets of a round's broadcast, with ``head`` beside it. Tensors that stay at the client are left
+    out: it has them."""
+    begin = broadcast.start(client_id).without(broadcast.local)
+    beside = {"residual": broadcast.residual, "control": broadcast.control}
+    states = {"adapter": begin, **{name: state for name, state in beside.items() if state is not None}}
+    said = {"frozen": sorted(broadcast.frozen), "local": sorted(broadcast.local), "own": client_id in broadcast.own}
+    return Message({**head, "client": client_id, **said}, states)
+
+
+def read_broadcast(message: Message, opened: AdapterState) -> tuple[str, Broadcast]:
+    """The client's name and the broadcast as that client sees it.
+
+    ``opened``: the adapter that the run began with. It says the shapes of a client's adapter of another rank, and what
+    tensors that never travel begin with.
+    """
+    client = message.get("client", str)
+    frozen, local = (frozenset(_names(message, key)) for key in ("frozen", "local"))
+    if "adapter" not in message.states:
+        raise MessageError("the message brings no adapter")
+    begin = message.states["adapter"]
+    begin = AdapterState({**{n: t for n, t in opened.items() if n in local}, **begin}) if local else begin
+    residual, control = message.states.get("residual"), message.states.get("control")
+    if message.get("own", bool):
+        return client, Broadcast(opened, residual, frozen, local, {client: begin}, control=control)
+    return client, Broadcast(begin, residual, frozen, local, control=control)
+
+
+def _names(message: Message, key: str) -> list[str]:
+    found = message.get(key, list)
+    if not all(isinstance(n, str) for n in found):
+        raise MessageError(f"the message's {key} holds something else than names")
+    return found
+
+
+def update_message(update: ClientUpdate) -> Message:
+    """A client's answer."""
+    head = {
+        "client": update.client_id,
+        "num_examples": update.num_examples,
+        "metrics": dict(update.metrics),
+        "nbytes": update.nbytes,
+    }
+    control = {} if update.control is None else {"control": update.control}
+    return Message(head, {"adapter": update.adapter, **control})
+
+
+def read_update(message: Message, client_id: str) -> ClientUpdate:
+    """The answer of ``client_id``; one that is malformed, or speaks for another client, is refused."""
+    if (said := message.get("client", str)) != client_id:
+        raise MessageError(f"the answer is of {said[:80]!r}")
+    if "adapter" not in message.states or set(message.states) - {"adapter", "control"}:
+        raise MessageError("the answer brings no adapter")
+    metrics = message.get("metrics", dict)
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
+        raise MessageError("the answer's metrics hold something else than numbers")
+    count, nbytes = message.get("num_examples", int), message.get("nbytes", (int, type(None)))
+    return ClientUpdate(client_id, message.states["adapter"], count, metrics, nbytes, message.states.get("control"))
+
+
+def write_frame(stream: BinaryIO, data: bytes) -> None:
+    """One message to a pipe, its length before it."""
+    stream.write(_LENGTH.pack(len(data)))
+    stream.write(data)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO, largest: int = LARGEST) -> bytes | None:
+    """The next message of a pipe; ``None`` at its end. ``MessageError``: one too large, or one that breaks off."""
+    before = stream.read(_LENGTH.size)
+    if not before:
+        return None
+    (length,) = _LENGTH.unpack(before) if len(before) == _LENGTH.size else (largest + 1,)
+    if length > largest:
+        raise MessageError(f"a message of {length} bytes, and at most {largest} are taken")
+    data = stream.read(length)
+    if len(data) < length:
+        raise MessageError("the message breaks off")
+    return data

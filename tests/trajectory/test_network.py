@@ -1,0 +1,326 @@
+"""A network of real processes on this machine: a server, three sites, mutual TLS. Needs NVFlare, and takes minutes.
+
+Jobs train the small model. What they do with messages is tested without NVFlare in ``test_network_fleet.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unfed.base.artifacts import read_json, read_tensors
+from unfed.base.errors import UnfedError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(importlib.util.find_spec("nvflare") is None, reason="NVFlare is not installed (unfed[network])"),
+]
+SITES = ("site-1", "site-2", "site-3")
+TRAINING = (
+    "model=tiny-lora",
+    "model.model_args.lora_config.r=4",
+    "model.model_args.lora_config.lora_dropout=0.1",
+    "eval=null",
+    "trainer.args.learning_rate=1e-2",
+    "trainer.args.per_device_train_batch_size=4",
+    "trainer.args.gradient_accumulation_steps=1",
+    "trainer.args.num_train_epochs=1",
+    "trainer.args.report_to=none",
+)
+
+
+def unfed(*given, cwd, check=True):
+    """The command in a process of its own, as a user runs it."""
+    command = [sys.executable, "-m", "unfed.cli.main", *map(str, given)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+class Network:
+    """A provisioned network whose server and first three sites run."""
+
+    def __init__(self, place: Path, port: int) -> None:
+        self.place, self.kits = place, place / "network" / "trial" / "prod_00"
+        self.admin = self.kits / "admin@trial.org"
+        people = "admins: [admin@trial.org]\nmembers: [member@trial.org]\n"
+        project = f"name: trial\nhost: localhost\nport: {port}\nsites: [site-1, site-2, site-3, site-4]\n{people}"
+        (place / "PROJECT.yml").write_text(project, encoding="utf-8")
+        unfed("network", "provision", "PROJECT.yml", cwd=place)
+        self.port, self.running = port, []
+
+    def start(self, kit: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "unfed.cli.main", "network", "start", str(kit)]
+        with (self.place / f"{kit.name}.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.running.append(process)
+        return process
+
+    def stop(self) -> None:
+        for process in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: the server or site, its jobs, their children
+            process.wait()
+
+    def session(self, kit: Path | None = None):
+        from unfed.app.nvflare_app import session
+
+        return session(kit or self.admin)
+
+    def connected(self) -> set[str]:
+        with self.session() as opened:
+            return {c.name for c in opened.get_system_info().client_info}
+
+    def submit(self, *overrides, config="train-lora.yaml", check=True):
+        given = ["network", "submit", "--kit", self.admin, f"--config-name={config}", *TRAINING, *overrides]
+        return unfed(*given, cwd=self.place, check=check)
+
+    def weights(self, run: str) -> str:
+        return read_tensors(self.place / "saves" / run / "adapter_model.safetensors").digest()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def deal_rows(network: Network, small_data: Path, small_base: Path) -> None:
+    """Each site has six rows; the first and the third have three forget rows each. ``all`` holds everybody's."""
+
+    def lines(name: str) -> list[str]:
+        return (small_data / "tofu" / f"{name}.json").read_text(encoding="utf-8").splitlines()
+
+    full, forget = lines("full"), set(lines("forget01"))
+    dealt = {"site-1": full[:3] + full[12:15], "site-2": full[3:9], "site-3": full[9:12] + full[15:]}
+    for name, own in {**dealt, "all": [r for rows in dealt.values() for r in rows]}.items():
+        folder = (network.place if name == "all" else network.kits / name) / "data" / "tofu"
+        folder.mkdir(parents=True)
+        gone = [r for r in own if r in forget]
+        for split, rows in {"full": own, "forget01": gone, "retain99": [r for r in own if r not in forget]}.items():
+            if rows:
+                (folder / f"{split}.json").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for name in (*SITES, "site-4"):
+        shutil.copytree(small_base, network.kits / name / "base_model")
+    own = network.kits / "localhost" / "local" / "unfed.yml"
+    own.write_text(f"outputs: {network.place / 'saves'}\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory, small_data, small_base):
+    made = Network(tmp_path_factory.mktemp("network"), free_port())
+    deal_rows(made, small_data, small_base)
+    try:
+        made.start(made.kits / "localhost")
+        for site in SITES:
+            made.start(made.kits / site)
+        until = time.monotonic() + 180
+        while time.monotonic() < until:
+            with contextlib.suppress(UnfedError):
+                if made.connected() == set(SITES):
+                    break
+            time.sleep(2)
+        else:
+            pytest.fail(
+                "the sites did not connect: " + "".join(f.read_text()[-2000:] for f in made.place.glob("*.log"))
+            )
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def finetuned(network, small_base):
+    """A fine-tuning over the network: ``saves/finetune/net``."""
+    base = f"model.model_args.pretrained_model_name_or_path={small_base}"
+    network.submit(base, "task_name=net", "forget_split=forget01", "trainer.method_args.global_rounds=2")
+    return base
+
+
+def test_fine_tuning_and_unlearning_give_the_adapters_of_runs_in_one_place(network, finetuned):
+    here = ("paths.data_dir=data",)
+    manifest = "partition.manifest=saves/finetune/net/partition.json"
+    rounds = ("forget_split=forget01", "trainer.method_args.global_rounds=2")
+    unfed("train", *TRAINING, finetuned, "task_name=here", *rounds, manifest, *here, cwd=network.place)
+    assert network.weights("finetune/net") == network.weights("finetune/here")
+    unlearning = ("method=NPO", "forget_split=forget01", "retain_split=retain99", "trainer.method_args.global_rounds=1")
+    model = "model.model_args.pretrained_model_name_or_path=saves/finetune/"
+    network.submit(f"{model}net", "task_name=net", *unlearning, config="unlearn-lora.yaml")
+    everybody = "trainer.method_args.target_client_idx=all"
+    unfed("unlearn", *TRAINING, f"{model}here", "task_name=here", *unlearning, everybody, *here, cwd=network.place)
+    assert network.weights("unlearn/net") == network.weights("unlearn/here")
+    assert network.weights("unlearn/net") != network.weights("finetune/net")
+
+
+def test_nothing_of_the_sites_lies_at_the_server_and_private_things_are_private(network, finetuned):
+    del finetuned
+    row = "old maps and green lamps"
+    assert row in (network.kits / "site-1" / "data" / "tofu" / "full.json").read_text(encoding="utf-8")
+    for place in (network.kits / "localhost", network.place / "saves"):
+        for file in (f for f in place.rglob("*") if f.is_file()):
+            assert row.encode() not in file.read_bytes(), file
+    for kit in network.kits.iterdir():
+        assert kit.stat().st_mode & 0o077 == 0
+    jobs = network.kits / "localhost" / "jobs"
+    assert any(jobs.iterdir()) and jobs.stat().st_mode & 0o077 == 0
+
+
+def job_folder(network: Network, small_base: Path, place: Path) -> Path:
+    """A proper job, to be altered."""
+    from unfed.app.network import write_job
+    from unfed.config.compat import resolve
+
+    given = [
+        *TRAINING,
+        f"model.model_args.pretrained_model_name_or_path={small_base}",
+        "task_name=odd",
+        "engine=nvflare",
+    ]
+    write_job(place / "job", resolve([*given, f"paths.root_dir={network.place}"], "train-lora.yaml"), SITES)
+    return place / "job"
+
+
+def ended(network: Network, job: Path):
+    with network.session() as opened:
+        number = opened.submit_job(str(job))
+        until = time.monotonic() + 180
+        while not str(status := opened.get_job_status(number)).startswith("FINISHED") and time.monotonic() < until:
+            time.sleep(1)
+        return str(status), opened.get_job_meta(number)
+
+
+def test_a_job_that_carries_code_is_refused_by_every_site(network, small_base, tmp_path):
+    job = job_folder(network, small_base, tmp_path)
+    (job / "site" / "custom").mkdir()
+    (job / "site" / "custom" / "evil.py").write_text("open('/tmp/evil', 'w')\n", encoding="utf-8")
+    status, meta = ended(network, job)
+    assert status == "FINISHED:FAILED_TO_RUN"
+    refused = [line for line in meta["job_deploy_detail"] if "BYOC not permitted" in line]
+    assert sorted(line.split(":")[0] for line in refused) == list(SITES)
+
+
+def test_a_job_that_names_another_class_does_not_run(network, small_base, tmp_path):
+    job = job_folder(network, small_base, tmp_path)
+    file = job / "site" / "config" / "config_fed_client.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw["components"][0]["path"] = "subprocess.Popen"
+    file.write_text(json.dumps(raw), encoding="utf-8")
+    status, _ = ended(network, job)
+    assert status.startswith("FINISHED:") and status != "FINISHED:COMPLETED"
+    errors = [f.read_text(encoding="utf-8") for f in (network.kits / "site-1").rglob("*log.txt")]
+    assert any("subprocess.Popen' at config path" in text and "not in allow_list" in text for text in errors)
+
+
+def test_a_member_may_look_and_not_submit(network, small_base, tmp_path):
+    member = network.kits / "member@trial.org"
+    assert "site site-1" in unfed("network", "status", "--kit", member, cwd=network.place).stdout
+    job = job_folder(network, small_base, tmp_path)
+    with pytest.raises(UnfedError, match="may not do that"), network.session(member) as opened:
+        opened.submit_job(str(job))
+
+
+def test_a_stranger_without_a_certificate_is_refused(network):
+    context = ssl.create_default_context(cafile=str(network.kits / "site-1" / "startup" / "rootCA.pem"))
+    context.set_alpn_protocols(["h2"])
+    refused = False
+    try:
+        raw = socket.create_connection(("127.0.0.1", network.port), 5)
+        with raw, context.wrap_socket(raw, server_hostname="localhost") as tls:
+            tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            refused = tls.recv(1) == b""
+    except (ssl.SSLError, ConnectionError):
+        refused = True
+    assert refused
+
+
+def test_a_stranger_with_certificates_of_a_ca_of_his_own_is_refused(network, tmp_path):
+    other = Network(tmp_path, network.port)  # the same names; only the CA is another
+    with pytest.raises(UnfedError, match=r"no session|does not accept"), network.session(other.admin):
+        pass
+    assert never_connects(network, other.kits / "site-4", "site-4", tmp_path)
+
+
+def test_a_sites_certificate_serves_no_other_name_and_no_administrator(network, tmp_path):
+    impostor = shutil.copytree(network.kits / "site-4", tmp_path / "site-4")
+    person = shutil.copytree(network.admin, tmp_path / network.admin.name)
+    for name in ("client.crt", "client.key"):
+        shutil.copy(network.kits / "site-3" / "startup" / name, impostor / "startup" / name)
+        shutil.copy(network.kits / "site-3" / "startup" / name, person / "startup" / name)
+    with pytest.raises(UnfedError), network.session(person):
+        pass
+    assert never_connects(network, impostor, "site-4", tmp_path)
+
+
+def never_connects(network: Network, kit: Path, name: str, place: Path) -> bool:
+    """Whether a party tried, for twenty seconds, and is not among the connected ones."""
+    (place / "data").mkdir(exist_ok=True)
+    file = f"data_dir: {place}\nbase_model: {place}\ndatasets: [locuslab/TOFU]\n"
+    (kit / "local" / "unfed.yml").write_text(file, encoding="utf-8")
+    process = network.start(kit)
+    time.sleep(20)
+    there = network.connected()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return name not in there and set(SITES) <= there
+
+
+def processes(*words: str) -> list[int]:
+    """Processes whose command line has all the words."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if all(w in line for w in words):
+                found.append(int(place.name))
+    return found
+
+
+def test_a_run_whose_server_is_killed_goes_on_from_its_last_round_to_the_same_adapter(network, finetuned):
+    given = (finetuned, "forget_split=forget01", "trainer.method_args.global_rounds=60")
+    job = network.submit("--detach", "task_name=long", *given).stdout.split()[1]
+    run = network.place / "saves" / "finetune" / "long"
+    until = time.monotonic() + 240
+    while not list((run / "checkpoints").glob("round_0000[2-9]")) and time.monotonic() < until:
+        time.sleep(0.02)
+    for pid in processes("runner_process", job):
+        os.kill(pid, signal.SIGKILL)
+    before = max(int(d.name[-5:]) for d in (run / "checkpoints").glob("round_*"))
+    assert 2 <= before < 60
+    unfed("network", "abort", "--kit", network.admin, job, cwd=network.place, check=False)
+    done = network.submit("task_name=long", *given, "resume=true")
+    assert "resuming after round" in done.stdout
+    assert len(read_json(run / "run.json")["rounds"]) == 60
+    manifest, here = "partition.manifest=saves/finetune/net/partition.json", "paths.data_dir=data"
+    unfed("train", *TRAINING, *given, "task_name=whole", manifest, here, cwd=network.place)
+    assert network.weights("finetune/long") == network.weights("finetune/whole")
+
+
+def test_a_training_process_that_is_killed_is_named_and_replaced_in_the_next_round(network, finetuned):
+    given = (finetuned, "forget_split=forget01", "trainer.method_args.global_rounds=60", "task_name=killed")
+    network.submit("--detach", *given)
+    run = network.place / "saves" / "finetune" / "killed"
+    until = time.monotonic() + 240
+    while not list((run / "checkpoints").glob("round_0000[2-9]")) and time.monotonic() < until:
+        time.sleep(0.02)
+    (pid,) = processes("unfed.app.site", "site-2", str(network.kits))
+    os.kill(pid, signal.SIGKILL)
+    while read_json(run / "run.json").get("status") == "running" and time.monotonic() < until:
+        time.sleep(0.5)
+    rounds = read_json(run / "run.json")["rounds"]
+    assert len(rounds) == 60
+    lost = [r["failures"] for r in rounds if r["failures"]]
+    assert lost in ([], [{"site-2": "its training process ended (signal 9)"}])  # none: it was killed between rounds
+    assert rounds[-1]["clients"] == list(SITES)

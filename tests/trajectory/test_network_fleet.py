@@ -1,0 +1,317 @@
+"""Runs whose rows lie at sites, over a link in this process: the same adapter as where all rows are in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+
+import pytest
+import torch
+
+from unfed.app.network_fleet import NetworkFleet, for_sites
+from unfed.app.rundir import plain
+from unfed.app.runs import run
+from unfed.app.site import Site, site_config
+from unfed.app.worker import read_config
+from unfed.base.artifacts import read_json, read_tensors
+from unfed.base.errors import ConfigError, UnfedError
+from unfed.base.types import AdapterState
+from unfed.config.schema import EngineConfig, ForgetConfig, MethodConfig, PartitionConfig, RecipeConfig
+from unfed.config.site import SiteFile
+from unfed.federated.messages import Message
+from unfed.federated.remote import State
+
+NETWORK = EngineConfig("nvflare", timeout=60.0)
+SITES = ("north", "south", "west")
+
+
+class Here:
+    """A link to sites in this process; what they are told and answer passes through bytes."""
+
+    def __init__(self, sites):
+        self.sites, self.told, self.results = sites, [], {}
+
+    def begin(self, client_id, message):
+        self.told.append((client_id, Message.unpack(message.pack())))
+        self.results[client_id] = self.sites[client_id].answer(self.told[-1][1]).pack()
+        return lambda: 0
+
+    def state(self, client_id, ticket, wait):
+        return State("done", nbytes=len(self.results[client_id]))
+
+    def answer(self, client_id, ticket, nbytes):
+        return io.BytesIO(self.results[client_id])
+
+
+def rows_of(root, name):
+    return (root / "tofu" / f"{name}.json").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="session")
+def site_data(tmp_path_factory, small_data):
+    """Each site's data root: six rows each; north and west have three of the six forget rows."""
+    full, forget = rows_of(small_data, "full"), set(rows_of(small_data, "forget01"))
+    dealt = {"north": full[:3] + full[12:15], "south": full[3:9], "west": full[9:12] + full[15:]}
+    roots = {}
+    for name, own in dealt.items():
+        roots[name] = tmp_path_factory.mktemp(name)
+        (roots[name] / "tofu").mkdir()
+        sets = {
+            "full": own,
+            "forget01": [r for r in own if r in forget],
+            "retain99": [r for r in own if r not in forget],
+        }
+        for split, lines in sets.items():
+            if lines:
+                (roots[name] / "tofu" / f"{split}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return roots
+
+
+@pytest.fixture
+def fleet(site_data, small_base):
+    def make(changed=None, **same):
+        files = {n: SiteFile(str(r), str(small_base), ("locuslab/TOFU",), **same) for n, r in site_data.items()}
+        for name, other in (changed or {}).items():
+            files[name] = dataclasses.replace(files[name], **other)
+        link = Here({name: Site(name, file) for name, file in files.items()})
+        return NetworkFleet(link, SITES), link
+
+    return make
+
+
+def weights(directory) -> AdapterState:
+    return read_tensors(directory / "adapter_model.safetensors")
+
+
+def in_one_place(config, manifest, output):
+    """The same run with all rows here, dealt as the sites have them."""
+    paths = dataclasses.replace(config.paths, output_dir=str(output))
+    partition = PartitionConfig(manifest=str(manifest))
+    return dataclasses.replace(config, engine=EngineConfig(), partition=partition, paths=paths)
+
+
+def all_targets(config):
+    given = dataclasses.replace(config.trainer.method_args, target_client_idx="all")
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, method_args=given))
+
+
+@pytest.fixture(scope="module")
+def over_the_network(tmp_path_factory, small_run, site_data, small_base):
+    """The directory of a fine-tuning across the sites, to be read only."""
+    files = {n: SiteFile(str(r), str(small_base), ("locuslab/TOFU",)) for n, r in site_data.items()}
+    link = Here({name: Site(name, file) for name, file in files.items()})
+    config = small_run("finetune", tmp_path_factory.mktemp("net") / "ft", engine=NETWORK)
+    return run(config, NetworkFleet(link, SITES)).directory, config, link
+
+
+def test_fine_tuning_gives_the_adapter_of_a_run_in_one_place_bit_for_bit(over_the_network, tmp_path):
+    directory, config, _ = over_the_network
+    partition = read_json(directory / "partition.json")
+    assert {c: len(ids) for c, ids in partition["clients"].items()} == dict.fromkeys(SITES, 6)
+    here = run(in_one_place(config, directory / "partition.json", tmp_path / "here"))
+    assert weights(here.directory).digest() == weights(directory).digest()
+    record = read_json(directory / "run.json")
+    assert set(record["sites"]) == set(SITES)
+    assert record["sites"]["north"]["forget"]["rows"] == 3 and "forget" not in record["sites"]["south"]
+
+
+def test_no_path_no_row_and_no_text_of_the_server_travels(over_the_network, small_base):
+    _, config, link = over_the_network
+    said = json.dumps([m.head for _, m in link.told])
+    for secret in (str(small_base), config.paths.output_dir, config.paths.root_dir, config.task_name):
+        assert secret not in said
+    # and of a site's rows the server hears ids and numbers alone
+    told = json.dumps([Message.unpack(r).head for r in link.results.values()])
+    assert "Oslo" not in told and "bread" not in told
+
+
+@pytest.mark.parametrize("by", ["forget_split", "ids", "clients"])
+def test_unlearning_gives_the_adapter_of_a_run_in_one_place_bit_for_bit(
+    by, over_the_network, small_run, fleet, tmp_path, small_data
+):
+    directory, _, _ = over_the_network
+    manifest = read_json(directory / "partition.json")["clients"]
+    forget = {
+        "forget_split": ForgetConfig(),
+        "ids": ForgetConfig(ids=(manifest["north"][4], manifest["south"][1])),
+        "clients": ForgetConfig(clients=("west",)),
+    }[by]
+    args = {"pretrained_model_name_or_path": str(directory)}
+    config = all_targets(
+        small_run(
+            "unlearn", tmp_path / "net", model_args=args, engine=NETWORK, forget=forget, method=MethodConfig("DPO")
+        )
+    )
+    network, link = fleet()
+    result = run(config, network)
+    here = run(in_one_place(config, directory / "partition.json", tmp_path / "here"))
+    assert weights(result.directory).digest() == weights(here.directory).digest()
+    assert weights(result.directory).digest() != weights(directory).digest()
+    asked = read_json(result.directory / "run.json")["forgotten"][0]
+    assert asked["clients"] == read_json(here.directory / "run.json")["forgotten"][0]["clients"]
+    own = {c: set(ids) for c, ids in manifest.items()}
+    for site, message in link.told:
+        if message.head["do"] == "open":  # a site hears of its own rows alone
+            named = {i for ids in message.head["rows"].values() for i in ids} | set(message.head["own"])
+            assert named <= own[site]
+
+
+def test_retraining_without_the_rows_works_over_a_network(over_the_network, small_run, fleet, tmp_path):
+    directory, _, _ = over_the_network
+    args = {"pretrained_model_name_or_path": str(directory)}
+    forget = ForgetConfig(clients=("west",))
+    config = small_run(
+        "unlearn", tmp_path / "net", model_args=args, engine=NETWORK, forget=forget, recipe=RecipeConfig("retrain")
+    )
+    result = run(config, fleet()[0])
+    here = run(in_one_place(config, directory / "partition.json", tmp_path / "here"))
+    assert weights(result.directory).digest() == weights(here.directory).digest()
+    assert {c for r in result.records for c in r.clients} == {"north", "south"}
+
+
+def test_a_run_that_was_cut_short_goes_on_from_its_last_round(over_the_network, fleet, tmp_path):
+    directory, config, _ = over_the_network
+    paths = dataclasses.replace(config.paths, output_dir=str(tmp_path / "cut"))
+    config = dataclasses.replace(config, paths=paths)
+    network, link = fleet()
+
+    class GoneError(Exception):
+        pass
+
+    begin = link.begin
+
+    def dies_in_round_two(client_id, message):
+        if message.head.get("round") == 1:
+            raise GoneError
+        return begin(client_id, message)
+
+    link.begin = dies_in_round_two
+    with pytest.raises(GoneError):
+        run(config, network)
+    resumed = run(dataclasses.replace(config, resume=True), fleet()[0])
+    assert [r.round for r in resumed.records] == [0, 1]
+    assert weights(resumed.directory).digest() == weights(directory).digest()
+
+
+def test_another_base_model_at_a_site_is_refused_with_both_named(small_run, fleet, make_base, tmp_path):
+    other = make_base(tmp_path / "other", seed=1)
+    network, _ = fleet({"south": {"base_model": str(other)}})
+    with pytest.raises(UnfedError, match=r"south has another base model than the server: its weights: \w+, the"):
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK), network)
+
+
+def test_another_tokenizer_at_a_site_is_refused(small_run, small_base, fleet, tmp_path):
+    other = shutil.copytree(small_base, tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    network, _ = fleet({"west": {"base_model": str(other)}})
+    with pytest.raises(UnfedError, match=r"west has another base model than the server: its tokenizer: \w"):
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK), network)
+
+
+def test_another_release_at_a_site_is_refused_unless_it_may_differ(small_run, fleet, monkeypatch, tmp_path):
+    from unfed.app import site
+
+    found = site.versions()
+    monkeypatch.setattr(site, "versions", lambda: {**found, "torch": "2.0.1"})
+    with pytest.raises(UnfedError, match=r"north has torch 2\.0\.1 and the server 2\."):
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK), fleet()[0])
+    config = small_run("finetune", tmp_path / "ft", engine=dataclasses.replace(NETWORK, same_versions=False))
+    assert len(run(config, fleet()[0]).records) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ({"tasks": ("unlearn",)}, "south: it does not permit finetune"),
+        ({"datasets": ("muse-bench/MUSE-News",)}, "south: it does not permit the data set 'locuslab/TOFU'"),
+        ({"data_dir": "/nowhere"}, "south: DataError; the site's own log says more"),
+    ],
+)
+def test_a_site_that_does_not_permit_or_cannot_says_so_and_no_more(small_run, fleet, tmp_path, file, reason):
+    with pytest.raises(UnfedError, match=reason) as raised:
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK), fleet({"south": file})[0])
+    assert "nowhere" not in str(raised.value) and not (tmp_path / "ft").exists()
+
+
+def test_a_site_refuses_to_train_on_few_rows_and_the_round_goes_on(small_run, fleet, tmp_path):
+    result = run(small_run("finetune", tmp_path / "ft", engine=NETWORK), fleet({"west": {"smallest_share": 7}})[0])
+    assert result.records[0].clients == ("north", "south")
+    assert result.records[0].failures == {"west": "it does not train on fewer than 7 rows (smallest_share)"}
+
+
+def test_an_error_at_a_site_travels_as_its_name_alone(small_run, fleet, monkeypatch, tmp_path):
+    from unfed.federated.client import Client
+
+    fit = Client.fit
+
+    def broken(self, task, broadcast, client_id):
+        if client_id == "south":
+            raise RuntimeError("Ana bakes bread in Oslo")
+        return fit(self, task, broadcast, client_id)
+
+    monkeypatch.setattr(Client, "fit", broken)
+    result = run(small_run("finetune", tmp_path / "ft", engine=NETWORK), fleet()[0])
+    assert result.records[1].failures == {"south": "RuntimeError; the site's own log says more"}
+
+
+def test_a_row_at_two_sites_is_refused(small_run, fleet, site_data, tmp_path):
+    both = shutil.copytree(site_data["south"], tmp_path / "both")
+    with (both / "tofu" / "full.json").open("a", encoding="utf-8") as f:
+        f.write(rows_of(site_data["north"], "full")[0] + "\n")
+    with pytest.raises(UnfedError, match="1 rows of south are at north as well"):
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK), fleet({"south": {"data_dir": str(both)}})[0])
+
+
+def test_a_site_takes_no_place_from_the_server(small_run, small_base, tmp_path):
+    """Whatever a server writes into a run: a site opens its own model and reads its own data, as settings permit."""
+    said = for_sites(small_run("finetune", tmp_path / "ft"))
+    said["model"]["model_args"] |= {"pretrained_model_name_or_path": "/etc", "lora_model_path": "/etc/passwd"}
+    said["model"]["model_args"]["trust_remote_code"] = True
+    said["paths"] = {"root_dir": "/", "data_dir": "/", "output_dir": "/x"}
+    said["data"]["idk"] = "/etc/passwd"
+    file = SiteFile("/own/data", str(small_base), ("locuslab/TOFU",))
+    config = site_config(said, file)
+    args = config.model.model_args
+    assert (args.pretrained_model_name_or_path, args.lora_model_path) == (str(small_base), None)
+    assert not args.trust_remote_code and config.data.idk is None
+    assert set(vars(config.paths).values()) == {"/own/data"}
+    said["data"]["train"]["split"] = "../../elsewhere"
+    with pytest.raises(UnfedError, match="is no name"):
+        site_config(said, file)
+
+
+def test_a_site_answers_nothing_but_its_tasks(small_base, site_data, caplog):
+    site = Site("north", SiteFile(str(site_data["north"]), str(small_base), ("locuslab/TOFU",)))
+    for head in ({}, {"do": "shell"}, {"do": 7}, {"do": "fit"}, {"do": "measure"}, {"do": "open", "config": {}}):
+        answer = site.answer(Message(head, {"opened": AdapterState({"x": torch.ones(1)})}))
+        assert set(answer.head) == {"refused"} and not answer.states
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"recipe": RecipeConfig("distill")}, "would have to leave their sites"),
+        ({"recipe": RecipeConfig("unlearning_adapter")}, "second adapter"),
+        ({"forget": ForgetConfig(topics=("bread",))}, "travels as forget.ids"),
+        ({"engine": dataclasses.replace(NETWORK, ping=0.0)}, "engine.ping=0"),
+        ({"oracle": "auto"}, "a run of its own"),
+    ],
+)
+def test_what_needs_the_rows_at_the_server_is_refused(small_run, tmp_path, given, words):
+    from unfed.config.checks_engine import engine_settings
+
+    found = list(engine_settings(small_run("unlearn", tmp_path / "u", **({"engine": NETWORK} | given))))
+    assert len(found) == 1 and words in found[0]
+
+
+def test_a_network_run_is_not_started_by_itself(small_run, tmp_path):
+    with pytest.raises(ConfigError, match="unfed network submit"):
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK))
+
+
+def test_a_configuration_comes_back_from_plain_data(small_run, tmp_path):
+    config = small_run("unlearn", tmp_path / "u", forget=ForgetConfig(clients=("west", 1)))
+    assert read_config(json.loads(json.dumps(plain(config)))) == config
