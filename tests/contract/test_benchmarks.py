@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-HERE = ("setting", "process", "rounds", "steps", "overhead", "memory", "gpu", "passes", "evaluation")
+HERE = ("setting", "process", "rounds", "steps", "overhead", "memory", "gpu", "passes", "evaluation", "server")
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +119,13 @@ def test_both_evaluations_do_the_same_work(bench, shared_dir, monkeypatch):
     found["shared_by_name"]["values"]["forget_Q_A_Prob"] += 0.01
     with pytest.raises(RuntimeError, match=r"not the same numbers: .'forget_Q_A_Prob'"):
         bench["evaluation"].agreement(found["unfed"], found["shared_by_name"])
+
+
+def test_the_server_takes_in_every_update_on_all_sides(bench, tiny, tmp_path):
+    server = bench["server"]
+    files = server.write_adapters(tiny, tmp_path, 2)
+    # 2 layers, rank 8, q, o (64, 64), k, v (64, 32), gate, up (64, 128) and down (128, 64), float32
+    size = 4 * 2 * 8 * (2 * 128 + 2 * 96 + 3 * 192)
+    for side in server.SIDES:
+        found = server.one_side(side, files, 5)
+        assert found["adapter"] == size and found["seconds"] > 0

@@ -15,6 +15,7 @@ from unfed.config import schema
 from unfed.config.compat import resolve
 from unfed.config.load import config_dir
 from unfed.federated.hostile import ATTACKS
+from unfed.federated.wire import WIRES
 from unfed.objectives.registry import OBJECTIVES, UNLEARNING_METHODS
 from unfed.objectives.wrappers import WRAPPERS
 from unfed.unlearning.registry import RECIPES
@@ -41,6 +42,7 @@ def test_the_groups_have_the_files_that_users_name():
     assert choices("trainer") == {"FederatedFinetune", "FederatedUnlearningTrainer", "finetune", *UNLEARNING_METHODS}
     assert choices("method") == set(UNLEARNING_METHODS) == set(schema.METHODS)
     assert choices("wrapper") == set(WRAPPERS) == set(schema.WRAPPERS)
+    assert choices("wire") == set(WIRES) == set(schema.WIRES)
     assert choices("recipe") == set(RECIPES) == set(schema.RECIPES)
     assert choices("aggregator") == set(AGGREGATORS) == set(schema.AGGREGATORS)
     assert choices("lora") == {"quick", "balanced", "high"}
@@ -119,6 +121,11 @@ def test_a_wrapper_file_gives_the_wrappers_own_defaults(name):
     given = read(f"wrapper/{name}.yaml")
     assert given.pop("name") == name
     assert given == hyperparameters(WRAPPERS[name])
+
+
+@pytest.mark.parametrize("name", sorted(WIRES))
+def test_a_wire_file_gives_the_formats_own_defaults(name):
+    assert read(f"wire/{name}.yaml") == {"name": name, **hyperparameters(WIRES[name])}
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

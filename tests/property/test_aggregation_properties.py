@@ -154,7 +154,7 @@ def test_many_probes_come_close_to_the_exact_error(drawn: Drawn, seed: int) -> N
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31), st.sampled_from([0.02, 0.3, 1.0]))
 def test_the_default_probes_on_an_adapter_of_usual_shape(seed: int, apart: float) -> None:
-    """Twelve modules of rank 8 and 17 clients with the default 16 probes: within 25 %."""
+    """Twelve modules of rank 8 and 17 clients with the default 8 probes: within 25 %."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise() -> dict[str, torch.Tensor]:

@@ -192,6 +192,7 @@ class WeightedMean(Hyperparameters):
                 collector.add(item.update.adapter, item.weight)
             except AdapterError as e:
                 raise AdapterError(f"{item.update.client_id}: {e}") from e
+            del item  # an update is gone before the next one is asked for
         merged = collector.result()
         combined = Combined(
             merged.adapter,
@@ -215,7 +216,10 @@ class WeightedMean(Hyperparameters):
                 raise AdapterError(f"{update.client_id}: an update over {update.num_examples} examples has no weight")
             if update.client_id != SERVER:
                 counted.append(replace(update, adapter=AdapterState({})))  # who and how many: not the tensors
-            yield Weighted(update, self.weight_of(update))
+            item = Weighted(update, self.weight_of(update))
+            del update
+            yield item
+            del item
 
     def adopting(self) -> WeightedMean:
         """See :meth:`Aggregator.adopting`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -74,6 +74,9 @@ class RunningMean:
     def __init__(self) -> None:
         self._mean: dict[str, Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._shapes: Mapping[str, torch.Size] = {}
+        self._floating: list[str] = []
+        self._wide: dict[str, torch.dtype] = {}
         self._weight = 0.0
 
     def add(self, state: AdapterState, weight: float) -> None:
@@ -81,21 +84,26 @@ class RunningMean:
         if not weight > 0:
             raise AdapterError(f"a weight must be above 0, not {weight}")
         first = not self._dtypes
-        if found := state.problems_against(state if first else AdapterState(self._mean)):
+        fits = state.finite and (first or state.shapes == self._shapes)
+        if not fits and (found := state.problems_against(state if first else AdapterState(self._mean))):
             raise AdapterError("; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
         self._weight += weight
         if first:
             self._begin(state)
             return
-        for name in floats(state):
-            mean = self._mean[name]
-            mean.add_(state[name].to(mean.dtype) - mean, alpha=weight / self._weight)
+        if not self._floating:
+            return
+        means = [self._mean[n] for n in self._floating]
+        given = [state[n] for n in self._floating]
+        if state.dtypes != self._wide:
+            given = [t.to(m.dtype) for t, m in zip(given, means, strict=True)]
+        torch._foreach_lerp_(means, given, weight / self._weight)
 
     def _begin(self, state: AdapterState) -> None:
-        self._dtypes = {n: t.dtype for n, t in state.items()}
+        self._dtypes, self._shapes, self._floating = dict(state.dtypes), state.shapes, floats(state)
         for name, tensor in state.items():
             wide = working_dtype(tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-            self._mean[name] = tensor.to(wide, copy=True)
+            self._mean[name], self._wide[name] = tensor.to(wide, copy=True), wide
 
     def result(self) -> AdapterState:
         """The mean so far, in the dtypes of the first state. ``AdapterError`` when nothing was added."""

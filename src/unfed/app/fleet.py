@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from unfed.app import build, encode, hostile, ownership, recipes, server_rows
+from unfed.app.wire import over_wire
 from unfed.base.errors import ConfigError
 from unfed.base.types import AdapterState
 from unfed.config.schema import RunConfig
@@ -65,7 +66,7 @@ class Fleet:
     @contextmanager
     def transport(self, mission: Mission) -> Iterator[Transport]:
         """What brings tasks to the clients, for the length of the rounds."""
-        yield InProcess(mission.client.fit)
+        yield InProcess(over_wire(mission.config, mission.client.fit))
 
     def measured(self, state: AdapterState, residual: AdapterState | None) -> Mapping[str, Any]:
         """What the clients tell of how well a model knows their rows, for the record (nothing, where rows are here)."""

@@ -93,6 +93,7 @@ def settled(config: RunConfig) -> tuple[RunConfig, Source | None]:
             privacy=made.privacy,
             robust=made.robust,
             hostile=made.hostile,
+            wire=made.wire,
             collator=made.collator,
             clients=made.clients,
             partition=replace(made.partition, manifest=manifest),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from unfed.base.state import AdapterState
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss (the convention of torch and transformers)."""
@@ -21,77 +21,6 @@ SERVER = "server"
 Split = Literal["train", "forget", "retain", "alternate", "proxy"]
 """What a batch is for. ``train`` is plain (or recovery) training; ``alternate`` pairs each forget
 question with another answer (a refusal, say); ``proxy`` are rows away from the forget topic, to distil on."""
-
-
-class AdapterState(Mapping[str, Tensor]):
-    """Trainable tensors by PEFT name (without the adapter's own name), in sorted order.
-
-    Every tensor is detached and on the CPU, and nobody changes one in place: whoever wants other
-    values makes another ``AdapterState``. In full-parameter mode the names are the model's own.
-    """
-
-    __slots__ = ("_digest", "_tensors")
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if tensor.requires_grad or tensor.device.type != "cpu":
-                raise ValueError(f"{name}: an AdapterState holds detached CPU tensors")
-        self._tensors = MappingProxyType({n: tensors[n] for n in sorted(tensors)})
-        self._digest: str | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __repr__(self) -> str:
-        return f"AdapterState({len(self)} tensors, {self.numel} values, {self.nbytes} bytes)"
-
-    @property
-    def numel(self) -> int:
-        """Number of values."""
-        return sum(t.numel() for t in self.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes in its own dtypes: what travels, uncompressed."""
-        return sum(t.numel() * t.element_size() for t in self.values())
-
-    def without(self, names: AbstractSet[str]) -> AdapterState:
-        """The same tensors less those of ``names``; no copy."""
-        return AdapterState({n: t for n, t in self.items() if n not in names}) if names else self
-
-    def filled(self, others: AdapterState) -> AdapterState:
-        """With the tensors of ``others`` whose names are missing here; no copy."""
-        return self if len(self) == len(others) else AdapterState({**others, **self})
-
-    def digest(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes, as ``sha256:<hex>``; computed once."""
-        if self._digest is None:
-            self._digest = self._compute_digest()
-        return self._digest
-
-    def _compute_digest(self) -> str:
-        h = hashlib.sha256()
-        for name, tensor in self.items():
-            h.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
-            h.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return "sha256:" + h.hexdigest()
-
-    def problems_against(self, like: AdapterState) -> list[str]:
-        """What keeps this state from being averaged with ``like``: names, shapes, NaN or infinity."""
-        found = [f"missing {n}" for n in like if n not in self]
-        found += [f"unknown {n}" for n in self if n not in like]
-        for name in self:
-            if name in like and self[name].shape != like[name].shape:
-                found.append(f"{name} has shape {tuple(self[name].shape)}, not {tuple(like[name].shape)}")
-            elif not bool(torch.isfinite(self[name]).all()):
-                found.append(f"{name} has values that are not finite")
-        return found
 
 
 @dataclass(frozen=True)
@@ -204,8 +133,9 @@ class Broadcast:
 class ClientUpdate:
     """What a client returns for one round: its adapter (not a difference), and how much it trained on.
 
-    ``nbytes``: what travelled of it, where that is not the tensors as they are (``None``). ``control``: by how much the
-    client's control variate changed (SCAFFOLD), which travels beside the adapter.
+    ``nbytes``: what travelled of it, where that is not the tensors as they are (``None``); ``nbytes_down``: likewise,
+    of all that the client was sent. ``control``: by how much the client's control variate changed (SCAFFOLD), which
+    travels beside the adapter, as it is.
     """
 
     client_id: str
@@ -214,6 +144,7 @@ class ClientUpdate:
     metrics: Mapping[str, float] = field(default_factory=dict)
     nbytes: int | None = None
     control: AdapterState | None = None
+    nbytes_down: int | None = None
 
     @property
     def sent(self) -> int:

@@ -16,7 +16,7 @@ from unfed.config.checks_partition import partition_settings
 from unfed.config.checks_personal import personal_settings
 from unfed.config.checks_privacy import privacy_settings
 from unfed.config.checks_ranks import lora_settings, ranks_and_rules
-from unfed.config.checks_recipe import recipe_settings
+from unfed.config.checks_recipe import in_one_place, recipe_settings
 from unfed.config.checks_robust import hostile_settings, robust_settings
 from unfed.config.checks_together import combinations
 from unfed.config.schema import (
@@ -26,6 +26,7 @@ from unfed.config.schema import (
     PRIVACY,
     RECIPES,
     ROBUST,
+    WIRES,
     WRAPPERS,
     DatasetConfig,
     MethodArgs,
@@ -53,6 +54,7 @@ NAMED: Mapping[str, tuple[str, Sequence[str], str]] = {
     "recipe": ("recipe", RECIPES, "unfed.unlearning.registry:recipe_problems"),
     "privacy": ("kind of privacy", PRIVACY, "unfed.aggregation.privacy:privacy_problems"),
     "robust": ("robust rule", ROBUST, "unfed.aggregation.robust_registry:robust_problems"),
+    "wire": ("wire format", WIRES, "unfed.federated.wire:wire_problems"),
 }
 """Groups with a name and hyperparameters: what they are called, the names, and what checks the hyperparameters."""
 
@@ -124,10 +126,7 @@ def _centralised(config: RunConfig, trainer: TrainerConfig) -> Iterator[str]:
             f"aggregator={config.aggregator.name}: trainer={trainer.handler} works in one place and averages nothing; "
             "leave it out"
         )
-    if config.recipe is not None and config.recipe.name != RECIPES[0]:
-        yield f"recipe={config.recipe.name}: trainer={trainer.handler} works in one place; leave it out"
-    if config.history.keep:
-        yield f"history: trainer={trainer.handler} works in one place, there are no clients' updates to keep"
+    yield from in_one_place(config, trainer.handler)
     usual = MethodArgs()
     given = [n for n in usual.__dataclass_fields__ if getattr(trainer.method_args, n) != getattr(usual, n)]
     yield from (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from unfed.base.errors import nearest
-from unfed.config.schema import FEDERATED_TRAINERS, RECIPES, RunConfig
+from unfed.config.schema import FEDERATED_TRAINERS, RECIPES, WIRES, RunConfig
 
 
 def recipe_settings(config: RunConfig) -> Iterator[str]:
@@ -27,6 +27,16 @@ def recipe_settings(config: RunConfig) -> Iterator[str]:
         )
     if config.history.every < 1:
         yield f"history.every={config.history.every}: must be at least 1"
+
+
+def in_one_place(config: RunConfig, handler: str) -> Iterator[str]:
+    """What has no meaning where one trainer owns every row."""
+    if config.recipe is not None and config.recipe.name != RECIPES[0]:
+        yield f"recipe={config.recipe.name}: trainer={handler} works in one place; leave it out"
+    if config.wire is not None and config.wire.name != WIRES[0]:
+        yield f"wire={config.wire.name}: trainer={handler} works in one place and sends nothing; leave it out"
+    if config.history.keep:
+        yield f"history: trainer={handler} works in one place, there are no clients' updates to keep"
 
 
 def _isolated(config: RunConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ CONVENIENCES = frozenset(
 """Top-level keys that other keys refer to; they end here."""
 NAMED: Mapping[str, tuple[str, ...]] = {
     "method": (), "wrapper": (), "aggregator": (), "recipe": (), "robust": ("max_norm_ratio", "root"),
-    "privacy": (),
+    "privacy": (), "wire": (),
 }  # fmt: skip
 """Groups with a name and hyperparameters; and their settings that are no hyperparameters of what is named."""
 

@@ -34,6 +34,7 @@ RECIPES = (
 ROBUST = ("screening", "median", "trimmed_mean", "krum", "multi_krum", "norm_clipping", "fltrust")
 WRAPPERS = ("SAM", "GRU", "EWC")
 PRIVACY = ("central", "local", "example")
+WIRES = ("float32", "bfloat16", "int8", "topk")
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 
@@ -142,6 +143,14 @@ class RecipeConfig:
 @dataclass(frozen=True)
 class PrivacyConfig:
     """A kind of differential privacy by name, and its settings (checked against the kind's own fields)."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """How updates travel, by name, and the format's hyperparameters (checked against its own fields)."""
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -279,6 +288,7 @@ class RunConfig:
     privacy: PrivacyConfig | None = None
     robust: RobustConfig | None = None
     hostile: HostileConfig | None = None
+    wire: WireConfig | None = None
     history: HistoryConfig = HistoryConfig()
     personalise: PersonaliseConfig = PersonaliseConfig()
     forget: ForgetConfig = ForgetConfig()

@@ -40,11 +40,13 @@ class _NoUpdatesError(Exception):
 
 
 def _first_or_raise(updates: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
-    for first in updates:
-        yield first
-        yield from updates
-        return
-    raise _NoUpdatesError
+    empty = True
+    for update in updates:
+        empty = False
+        yield update
+        del update  # or it would stay in memory beside the next one
+    if empty:
+        raise _NoUpdatesError
 
 
 def run_rounds(
@@ -89,7 +91,7 @@ def run_rounds(
             num_examples=combined.num_examples,
             adapter_before=before,
             adapter_after=state.digest(),
-            bytes_down=broadcast.nbytes(clients),
+            bytes_down=broadcast.nbytes(clients) - screening.spared_down,
             bytes_up=screening.bytes_up,
             seconds=time.perf_counter() - began,
             aggregation_error=combined.aggregation_error,

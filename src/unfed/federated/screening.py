@@ -39,6 +39,7 @@ class Screening:
     settings: ScreeningSettings = field(default_factory=ScreeningSettings)
     failures: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    spared_down: int = 0
     bytes_up: int = 0
 
     def usable(self, answers: Iterable[ClientUpdate | ClientFailure]) -> Iterator[ClientUpdate]:
@@ -55,25 +56,33 @@ class Screening:
                 continue
             if answer.client_id != SERVER:
                 self.bytes_up += answer.sent
+            down = self.sent.nbytes((answer.client_id,))
+            if answer.nbytes_down is not None:
+                self.spared_down += down - answer.nbytes_down
+                down = answer.nbytes_down
             if problems := self._problems(answer):
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 self._drop(answer.client_id, f"{problems[0]}{more}")
                 continue
-            traffic = {"bytes_down": self.sent.nbytes([answer.client_id]), "bytes_up": answer.sent}
+            traffic = {"bytes_down": down, "bytes_up": answer.sent}
             self.metrics[answer.client_id] = {**answer.metrics, **traffic}
             whole = answer.adapter.filled(self.sent.start(answer.client_id))
             if answer.client_id in self.sent.own:
                 whole = padded(whole, self.sent.adapter)
-            yield answer if whole is answer.adapter else replace(answer, adapter=whole)
+            update = answer if whole is answer.adapter else replace(answer, adapter=whole)
+            del answer, whole  # the next one is read only when this one may go
+            yield update
+            del update
 
     def _problems(self, update: ClientUpdate) -> list[str]:
         like = self.sent.returned(update.client_id)
         found = update.adapter.problems_against(like)
-        found += [
-            f"{n} is {_name(t.dtype)}, not {_name(like[n].dtype)}"
-            for n, t in update.adapter.items()
-            if n in like and t.dtype != like[n].dtype
-        ]
+        if update.adapter.dtypes != like.dtypes:
+            found += [
+                f"{n} is {_name(t.dtype)}, not {_name(like[n].dtype)}"
+                for n, t in update.adapter.items()
+                if n in like and t.dtype != like[n].dtype
+            ]
         if update.control is not None and self.sent.control is not None:
             found += [f"control variate: {p}" for p in update.control.problems_against(self.sent.control)]
         known = self.settings.owned.get(update.client_id)

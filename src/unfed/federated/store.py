@@ -43,13 +43,14 @@ class ClientStore:
         self._before = before
         self._held: dict[tuple[str, str], dict[int, AdapterState]] = {}
 
-    def get(self, client_id: str, kind: str, round_: int) -> AdapterState | None:
-        """The newest of a client and kind that was put before round ``round_`` began; ``None`` where there is none.
+    def get(self, client_id: str, kind: str, round_: int, since: int = 0) -> AdapterState | None:
+        """The newest of a client and kind that was put before round ``round_`` began, and not before round ``since``;
+        ``None`` where there is none.
 
         ``ArtifactError``: the file cannot be read.
         """
         entries = self._entries(client_id, kind)
-        known = [n for n in entries if n < round_]
+        known = [n for n in entries if since <= n < round_]
         return entries[max(known)]() if known else self._before(client_id, kind)
 
     def put(self, client_id: str, kind: str, round_: int, state: AdapterState) -> None:

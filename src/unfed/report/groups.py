@@ -37,8 +37,8 @@ SAME_THING = frozenset(
 """Settings that repeat what another one says."""
 
 FIRST = (
-    "mode", "method.name", "recipe.name", "wrapper.name", "aggregator.name", "privacy.name", "method.params",
-    "recipe.params", "privacy.params",
+    "mode", "method.name", "recipe.name", "wrapper.name", "aggregator.name", "privacy.name", "wire.name",
+    "method.params", "recipe.params", "privacy.params", "wire.params",
     "model.model_args.lora_config", "trainer.method_args", "trainer.args", "aggregator.params", "partition", "data",
 )  # fmt: skip
 """Which settings name a group before others do."""
