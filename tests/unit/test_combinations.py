@@ -8,7 +8,7 @@ import re
 import pytest
 
 from unfed.config.checks import consistency
-from unfed.config.schema import AggregatorConfig, PartitionConfig, PrivacyConfig, RobustConfig
+from unfed.config.schema import AggregatorConfig, PartitionConfig, PrivacyConfig, RecipeConfig, RobustConfig
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,15 @@ from unfed.config.schema import AggregatorConfig, PartitionConfig, PrivacyConfig
         ({"robust": "median", "ranks": (2, 4, 4)}, "robust=median with partition.ranks: .*robust=screening"),
         ({"robust": "median", "aggregator": "Scaffold"}, "robust=median with aggregator=Scaffold: .*aggregator=FedAvg"),
         ({"robust": "median", "aggregator": "FedNova"}, "robust=median with aggregator=FedNova"),
-        ({"privacy": "local", "adapter": "fed_sb"}, "privacy=local with aggregator.adapter=fed_sb: .*privacy=example"),
+        ({"privacy": "local", "adapter": "fed_sb"}, "privacy=local with aggregator.adapter=fed_sb: .*fedit or ffa$"),
+        ({"privacy": "example", "adapter": "fed_sb"}, "privacy=example with aggregator.adapter=fed_sb"),
+        ({"privacy": "local", "adapter": "fedsa"}, "privacy=local with aggregator.adapter=fedsa: .*privacy=example"),
+        ({"privacy": "central", "adapter": "flora"}, "adapter=flora: .*use adapter=fedit, ffa, rolora$"),
+        ({"privacy": "central", "adapter": "lora_fair"}, "privacy=central with aggregator.adapter=lora_fair"),
+        ({"privacy": "central", "ranks": (2, 4, 4)}, "partition.ranks with privacy=central: .*privacy=local"),
+        ({"privacy": "example", "ranks": (2, 4, 4)}, "partition.ranks with privacy=example"),
+        ({"aggregator": "Scaffold", "ranks": (2, 4, 4)}, "partition.ranks with aggregator=Scaffold"),
+        ({"aggregator": "FedNova", "ranks": (2, 4, 4)}, "partition.ranks with aggregator=FedNova"),
         ({"privacy": "central", "adapter": "fedsa"}, "privacy=central with aggregator.adapter=fedsa"),
     ],
 )
@@ -36,6 +44,14 @@ def test_what_is_not_defined_together_is_refused(small_run, tmp_path, changes, s
     )
     problems = consistency(config)
     assert any(re.search(said, p) for p in problems), problems
+
+
+@pytest.mark.parametrize("adapter", ["flora", "fedex"])
+def test_a_shard_has_nothing_beneath_it(small_run, tmp_path, adapter):
+    """Else what is served is the fresh adapters of the last rounds, with B = 0: nothing of what was learnt."""
+    config = small_run("finetune", tmp_path / "x", aggregator=AggregatorConfig("FedAvg", {"adapter": adapter}))
+    config = dataclasses.replace(config, recipe=RecipeConfig("isolated"))
+    assert any(f"recipe=isolated with aggregator.adapter={adapter}" in p for p in consistency(config))
 
 
 def test_screening_and_example_level_privacy_go_with_them(small_run, tmp_path):
