@@ -38,9 +38,10 @@ def robust_settings(config: RunConfig) -> Iterator[str]:
 def _counts(config: RunConfig, given: RobustConfig, key: str) -> Iterator[str]:
     assert config.trainer is not None
     args = config.trainer.method_args
-    if config.mode == "finetune" and args.num_clients is not None and args.num_clients > 0 < args.fraction_fit <= 1:
-        if complaint := too_few(config, given, args.num_clients):
-            yield f"{key}: {complaint} (trainer.method_args.num_clients={args.num_clients})"
+    if config.mode != "finetune" or args.num_clients is None or not args.num_clients > 0 < args.fraction_fit <= 1:
+        return
+    if complaint := too_few(config, given, args.num_clients):
+        yield f"{key}: {complaint} (trainer.method_args.num_clients={args.num_clients})"
 
 
 def too_few(config: RunConfig, given: RobustConfig, clients: int) -> str | None:
