@@ -132,5 +132,5 @@ def test_a_recipe_that_works_on_factors_is_refused(learned, small_run, tmp_path)
     summing = dataclasses.replace(
         small_run("finetune", tmp_path / "y", aggregator=with_rule("fedex")), history=HistoryConfig(("sums",))
     )
-    with pytest.raises(UnfedError, match="history=sums: FedAvg does not just add up"):
+    with pytest.raises(UnfedError, match=r"history=sums: FedAvg with aggregator\.adapter=fedex does not just add up"):
         run(summing)

@@ -201,7 +201,7 @@ def test_with_one_factor_held_fixed(small_run, tmp_path, adapter, rule):
             super().save(state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unfed.app.runs.RunKeeper", Watching)
+        patch.setattr("unfed.app.saving.RunKeeper", Watching)
         given = AggregatorConfig("FedAvg", {"adapter": adapter})
         hostile = HostileConfig("scale", factor=50.0)
         config = small_run("finetune", tmp_path / "run", aggregator=given, robust=RobustConfig(rule), method_args=FIVE)

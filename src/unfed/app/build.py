@@ -18,6 +18,7 @@ from unfed.base.errors import ArtifactError, ConfigError, DataError, UnfedError
 from unfed.base.types import Example
 from unfed.config.checks import alternate_problems
 from unfed.config.checks_privacy import privacy_settings
+from unfed.config.checks_robust import too_few
 from unfed.config.schema import FEDERATED_TRAINERS, DatasetConfig, RunConfig
 from unfed.data.datasets import load_rows
 from unfed.data.given import read_given
@@ -247,6 +248,13 @@ def targets_of(config: RunConfig, partition: Partition, forget_ids: Sequence[str
             "to let every owner unlearn its rows, or fine-tune with partition=target and this forget_split"
         )
     return [target]
+
+
+def refuse_few(config: RunConfig, clients: int) -> None:
+    """Raise ``ConfigError`` where no round of ``clients`` is large enough for the robust rule, whoever answers."""
+    given = config.robust
+    if given is not None and given.name != SCREENING and (complaint := too_few(config, given, clients)):
+        raise ConfigError([f"robust={given.name}: {complaint} (the partition has {clients} clients)"])
 
 
 def server_rule(config: RunConfig, loaded: LoadedModel, partition: Partition) -> Aggregator:

@@ -145,6 +145,11 @@ def refuse_unmet(config: RunConfig, situation: Situation) -> None:
             f"recipe={recipe.name} with aggregator.adapter={adapter}: it works on factors that are averaged apart and "
             "all train in every round; use aggregator.adapter=fedit, or recipe=local_then_recover"
         )
+    if recipe.name == "rollback" and given is not None and given.name == "Scaffold":
+        problems.append(
+            "recipe=rollback of a fine-tuning with aggregator=Scaffold: it would go on from the server's control "
+            "variate of that round, whose clients' own are not kept; use recipe=retrain (exact as well)"
+        )
     if problems:
         raise ConfigError(problems)
 

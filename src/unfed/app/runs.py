@@ -156,6 +156,7 @@ def prepared(
     methods.refuse_scope(config)
     rows, partition, where = fleet.rows(config)
     hostile.hostile_clients(config, partition.clients)
+    build.refuse_few(config, len(partition.clients))
     turnout.trace_of(config, partition.client_ids)
     if config.mode == "finetune":
         return rows, partition, where, Situation((), ())

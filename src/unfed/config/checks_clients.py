@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
 from unfed.config.schema_clients import ClientsConfig
 
+SLOWEST, WIDEST = 1e-9, 10
+"""Limits of speeds and of their logarithms' spread, within which no simulated time is 0 or infinite."""
+
 
 def client_settings(config: RunConfig) -> Iterator[str]:
     """What is wrong with ``clients.*``."""
@@ -35,9 +38,9 @@ def _limits(given: ClientsConfig) -> Iterator[str]:
         ("number", given.number is None or given.number >= 1, "at least 1"),
         ("oversample", 1 <= given.oversample < math.inf, "at least 1 (1 invites no more than are needed)"),
         ("local_steps", given.local_steps is None or given.local_steps >= 1, "at least 1"),
-        ("speed", all(0 < s < math.inf for s in speeds.values()), "above 0, and finite"),
-        ("speed_spread", 0 <= given.speed_spread < math.inf, "at least 0, and finite"),
-        ("speed_jitter", 0 <= given.speed_jitter < math.inf, "at least 0, and finite"),
+        ("speed", all(SLOWEST <= s <= 1 / SLOWEST for s in speeds.values()), "from 1e-9 to 1e9"),
+        ("speed_spread", 0 <= given.speed_spread <= WIDEST, f"from 0 to {WIDEST}"),
+        ("speed_jitter", 0 <= given.speed_jitter <= WIDEST, f"from 0 to {WIDEST}"),
         ("dropout", 0 <= given.dropout < 1, "at least 0 and below 1"),
         ("deadline", given.deadline is None or 0 < given.deadline < math.inf, "above 0, and finite"),
     )

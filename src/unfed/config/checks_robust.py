@@ -36,14 +36,22 @@ def robust_settings(config: RunConfig) -> Iterator[str]:
 
 
 def _counts(config: RunConfig, given: RobustConfig, key: str) -> Iterator[str]:
+    assert config.trainer is not None
+    args = config.trainer.method_args
+    if config.mode != "finetune" or args.num_clients is None or not args.num_clients > 0 < args.fraction_fit <= 1:
+        return
+    if complaint := too_few(config, given, args.num_clients):
+        yield f"{key}: {complaint} (trainer.method_args.num_clients={args.num_clients})"
+
+
+def too_few(config: RunConfig, given: RobustConfig, clients: int) -> str | None:
+    """Why the rule says nothing over as many updates as a round of ``clients`` wants at most, or ``None``."""
     from unfed.aggregation.robust_registry import robust_complaint
 
     assert config.trainer is not None
     args = config.trainer.method_args
-    if config.mode == "finetune" and args.num_clients is not None and args.num_clients > 0 < args.fraction_fit <= 1:
-        count = max(min(args.min_clients, args.num_clients), round(args.fraction_fit * args.num_clients), 1)
-        if complaint := robust_complaint(given.name, given.params, count):
-            yield f"{key}: {complaint} (trainer.method_args.num_clients={args.num_clients})"
+    wanted = config.clients.number or round(args.fraction_fit * clients)
+    return robust_complaint(given.name, given.params, max(min(args.min_clients, clients), min(wanted, clients), 1))
 
 
 def _root(config: RunConfig, given: RobustConfig) -> Iterator[str]:

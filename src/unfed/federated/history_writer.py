@@ -39,8 +39,9 @@ class HistoryWriter:
     def __init__(self, directory: Path, settings: HistorySettings, rule: Aggregator) -> None:
         if "sums" in settings.keep and rule.mean_step is None:
             raise UnfedError(
-                f"history=sums: {rule.name} does not just add up the clients' mean updates, so no sum of a client's "
-                "updates says what it contributed; use aggregator=FedAvg or FedProx, or history=updates"
+                f"history=sums: {rule.name} with aggregator.adapter={rule.adapters.name} does not just add up the "
+                "clients' mean updates, so no sum of a client's updates says what it contributed; use "
+                "aggregator=FedAvg or FedProx with adapter=fedit, ffa or rolora, or history=updates"
             )
         self._root = directory / HISTORY_DIR
         self._settings, self._rule = settings, rule
