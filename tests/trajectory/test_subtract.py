@@ -196,7 +196,7 @@ def distilled(small_run, well_trained, tmp_path_factory):
             return super().fit(task, broadcast, client_id)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unfed.app.runs.Client", Watched)
+        patch.setattr("unfed.app.worker.Client", Watched)
         config = forgetting(small_run, well_trained, tmp_path_factory.mktemp("distilled") / "run", **DISTILL)
         return run(config), set(seen)
 

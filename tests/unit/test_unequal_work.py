@@ -163,7 +163,7 @@ def test_scaffolds_client_by_hand(sgd):
     g = torch.Generator().manual_seed(0)
     c = AdapterState({n: torch.randn(t.shape, generator=g) * 0.01 for n, t in zero.items()})
     kept = AdapterState({n: torch.randn(t.shape, generator=g) * 0.01 for n, t in zero.items()})
-    client.store.put("client_0", CONTROL, -1, kept)
+    client.store = ClientStore(before=lambda client_id, kind: kept)
     done = client.fit(task, Broadcast(client.reference, control=c), "client_0")
     k = done.metrics["steps"]
     new = client.store.get("client_0", CONTROL, 1)
