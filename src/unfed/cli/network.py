@@ -50,7 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(given[1:]):
         print(USAGE)
         return 0
-    return guarded(lambda: command(given[1:]))
+    return guarded(lambda: _with_nvflare(command, given[1:]))
+
+
+def _with_nvflare(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    from unfed.app.network import need_nvflare
+
+    need_nvflare()
+    return command(argv)
 
 
 def _provision(argv: Sequence[str]) -> int:
@@ -232,9 +239,8 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Na
 
 
 def _kit(given: argparse.Namespace) -> Path:
-    from unfed.app.network import need_nvflare, role_of
+    from unfed.app.network import role_of
 
-    need_nvflare()
     if given.kit is None:
         raise UnfedError(f"--kit: the folder of an administrator's startup kit is needed (or set {KIT})")
     kit = Path(given.kit).resolve()
