@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from unfed.aggregation.adapters.base import Scaling
-from unfed.aggregation.adapters.fedit import scale_of
-from unfed.aggregation.lora import lora_pairs
+from unfed.aggregation.lora import lora_pairs, scale_of
 from unfed.aggregation.tree import floats
 from unfed.base.errors import AdapterError
 from unfed.base.types import AdapterState

@@ -25,6 +25,11 @@ AT_ONCE = 16
 _FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 
 
+def scale_of(scaling: Mapping[str, float] | float, module: str) -> float:
+    """A module's scaling, of those by module or of one for all."""
+    return scaling[module] if isinstance(scaling, Mapping) else scaling
+
+
 def lora_pairs(adapter: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Module name -> (name of A, name of B) for each module whose two factors are both in ``adapter``.
 
@@ -215,7 +220,7 @@ class AggregationError:
             return None
         sums = SquaredNorms()
         for module, norms in self._meter.norms(self._factors(mean, self._pairs), self._weight).items():
-            scale = self._scaling[module] if isinstance(self._scaling, Mapping) else self._scaling
+            scale = scale_of(self._scaling, module)
             sums = sums.plus(norms, scale)
         self._pairs = None
         return sums.relative()

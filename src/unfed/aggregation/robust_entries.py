@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unfed.aggregation.adapters.fedit import scale_of
 from unfed.aggregation.base import Weighted
 from unfed.aggregation.geometry import Space
+from unfed.aggregation.lora import scale_of
 from unfed.aggregation.near_factors import near_factors
 from unfed.aggregation.robust import Notes, RobustRule
 from unfed.aggregation.tree import working_dtype

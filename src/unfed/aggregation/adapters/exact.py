@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from unfed.aggregation.adapters.base import AdapterRule, Collector, Merged, Steps
-from unfed.aggregation.adapters.fedit import scale_of
 from unfed.aggregation.adapters.low_rank import Products
-from unfed.aggregation.lora import lora_pairs
+from unfed.aggregation.lora import lora_pairs, scale_of
 from unfed.aggregation.tree import RunningMean
 from unfed.base.errors import AdapterError
 from unfed.base.params import choice

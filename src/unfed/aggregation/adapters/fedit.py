@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,8 +48,3 @@ class FedIT(AdapterRule):
         """See :meth:`AdapterRule.collector`."""
         del state
         return MeanOfFactors(self.scaling, num_clients, self.probe_seed)
-
-
-def scale_of(scaling: Scaling, module: str) -> float:
-    """A module's scaling."""
-    return scaling[module] if isinstance(scaling, Mapping) else scaling

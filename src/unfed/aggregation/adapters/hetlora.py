@@ -11,10 +11,9 @@ from typing import ClassVar
 import torch
 
 from unfed.aggregation.adapters.base import AdapterRule, Collector, Merged, Scaling
-from unfed.aggregation.adapters.fedit import scale_of
 from unfed.aggregation.adapters.parts import pair_names
 from unfed.aggregation.adapters.stacks import product
-from unfed.aggregation.lora import AggregationError, lora_pairs
+from unfed.aggregation.lora import AggregationError, lora_pairs, scale_of
 from unfed.aggregation.tree import RunningMean
 from unfed.base.params import flag, number
 from unfed.base.types import AdapterState, Broadcast, ClientUpdate, OptState, ServerState

@@ -7,10 +7,9 @@ import math
 from torch import Tensor
 
 from unfed.aggregation.adapters.base import Scaling
-from unfed.aggregation.adapters.fedit import scale_of
 from unfed.aggregation.adapters.low_rank import Products
 from unfed.aggregation.adapters.stacks import Stack, factors, product, side_by_side
-from unfed.aggregation.lora import AggregationError, lora_pairs
+from unfed.aggregation.lora import AggregationError, lora_pairs, scale_of
 from unfed.aggregation.tree import RunningMean
 from unfed.base.errors import AdapterError
 from unfed.base.types import AdapterState
