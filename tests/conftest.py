@@ -263,3 +263,31 @@ def small_examples(small_base: Path):
 
     rows = [{**row, "id": f"row{n}"} for n, row in enumerate(SMALL_ROWS)]
     return encode_rows(AutoTokenizer.from_pretrained(small_base), Template(), rows)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def resumed_after_a_round(monkeypatch: pytest.MonkeyPatch):
+    """Runs a configuration that dies once its first round is kept, and resumes it: its result."""
+    import dataclasses
+
+    from unfed.app.runs import run
+    from unfed.federated.rounds import RunKeeper
+
+    def go(config):
+        saved = RunKeeper.save
+
+        def save_and_die(self, state):
+            saved(self, state)
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunKeeper, "save", save_and_die)
+            with pytest.raises(Killed):
+                run(config)
+        return run(dataclasses.replace(config, resume=True))
+
+    return go

@@ -14,7 +14,6 @@ from unfed.app.runs import run
 from unfed.base.artifacts import digest_file, read_json, read_tensors
 from unfed.base.errors import ConfigError, UnfedError
 from unfed.config.schema import AggregatorConfig, HistoryConfig, RecipeConfig
-from unfed.federated.checkpoint import Checkpoints
 from unfed.models.adapter import restore
 from unfed.models.residual import put_residual, residual_of
 
@@ -96,20 +95,10 @@ def test_ffa_sends_one_factor_back_and_rolora_takes_turns(learned):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_a_run_cut_between_rounds_ends_in_the_same_bytes(name, learned, small_run, tmp_path, monkeypatch):
+def test_a_run_cut_between_rounds_ends_in_the_same_bytes(name, learned, small_run, tmp_path, resumed_after_a_round):
     config = small_run("finetune", tmp_path / "ft", aggregator=with_rule(name))
     config = dataclasses.replace(config, history=HistoryConfig(("rounds",)))
-    save = Checkpoints.save
-
-    def and_stop(self, state, records):
-        save(self, state, records)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoints, "save", and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(config)
-    monkeypatch.undo()
-    run(dataclasses.replace(config, resume=True))
+    resumed_after_a_round(config)
     assert digest_file(tmp_path / "ft" / WEIGHTS) == digest_file(learned(name) / WEIGHTS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.config.schema import AggregatorConfig
-from unfed.federated import rounds as federated_rounds
 from unfed.models.spec import ADAPTER_WEIGHTS
 
 FED_SB = AggregatorConfig("FedAvg", {"adapter": "fed_sb", "adapter_args": {"init_rows": 4}})
@@ -50,23 +48,9 @@ def test_an_ordinary_adapter_comes_of_tiny_messages(tuned, small_base) -> None:
     assert set(live) == set(saved) and all(torch.equal(live[n], t) for n, t in saved.items())
 
 
-class Killed(BaseException):
-    """As a signal would end the process."""
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(small_run, tuned, tmp_path, monkeypatch) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(small_run, tuned, tmp_path, resumed_after_a_round) -> None:
     config = small_run("finetune", tmp_path / "run", aggregator=FED_SB, **TRAINING)
-    saved = federated_rounds.RunKeeper.save
-
-    def save_and_die(self, state):
-        saved(self, state)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(federated_rounds.RunKeeper, "save", save_and_die)
-        with pytest.raises(Killed):
-            run(config)
-    run(replace(config, resume=True))
+    resumed_after_a_round(config)
     assert weights(tmp_path / "run").digest() == weights(tuned).digest()
 
 

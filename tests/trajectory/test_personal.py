@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from unfed.app.runs import run
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.config.schema import AggregatorConfig, MethodConfig, PersonaliseConfig, RecipeConfig
-from unfed.federated import rounds as federated_rounds
 from unfed.models.spec import ADAPTER_WEIGHTS
 
 FEDSA = AggregatorConfig("FedAvg", {"adapter": "fedsa", "server_lr": 1.0})
@@ -61,23 +60,9 @@ def test_one_a_for_all_a_b_for_each_and_the_mean_on_top(shared, small_base) -> N
         assert all(torch.equal(live[n], t) for n, t in own[client].items())
 
 
-class Killed(BaseException):
-    """As a signal would end the process: nothing that catches errors catches it."""
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(small_run, shared, tmp_path, monkeypatch) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(small_run, shared, tmp_path, resumed_after_a_round) -> None:
     config = small_run("finetune", tmp_path / "run", aggregator=FEDSA)
-    saved = federated_rounds.RunKeeper.save
-
-    def save_and_die(self, state):
-        saved(self, state)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(federated_rounds.RunKeeper, "save", save_and_die)
-        with pytest.raises(Killed):
-            run(config)
-    run(replace(config, resume=True))
+    resumed_after_a_round(config)
     for place in (".", *(f"clients/{c}" for c in NAMES)):
         assert weights(tmp_path / "run" / place).digest() == weights(shared / place).digest()
 
