@@ -22,6 +22,8 @@ LOSSY = (
     Int8(rounding="stochastic"),
     TopK(fraction=0.1),
     TopK(fraction=0.5),
+    TopK(fraction=0.05, values="bfloat16"),
+    TopK(fraction=0.3, values="int8"),
 )
 
 

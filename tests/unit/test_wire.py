@@ -71,11 +71,24 @@ def test_rounding_at_random_is_right_on_the_average_and_seeded():
 
 def test_topk_by_hand():
     arrays = TopK(fraction=0.4).encode(CHANGE, generator())
-    assert (arrays["values"].tolist(), arrays["offsets"].tolist()) == ([-2.0, -127.0], [1, 4])
-    assert arrays["counts"].tolist() == [2] and arrays["offsets"].dtype == torch.uint16
+    assert arrays["values"].tolist() == [-2.0, -127.0]
+    assert arrays["mask"].tolist() == [0b10010] and arrays["mask"].dtype == torch.uint8
     found = read(TopK(fraction=0.4))
     assert found[A].tolist() == [[0.0, -2.0, 0.0]] and found[B].flatten().tolist() == [0.0, -127.0]
     assert len(TopK(fraction=0.2001).encode(CHANGE, generator())["values"]) == 2  # ceil(1.0005)
+
+
+def test_topk_in_steps_of_its_tensors():
+    """A scale for each tensor, from what is sent of it: 2/127 and 1."""
+    change = AdapterState({A: torch.tensor([[0.01, -2.0, 1.0]]), B: torch.tensor([[0.1], [-127.0]])})
+    arrays = TopK(fraction=0.6, values="int8").encode(change, generator())
+    assert arrays["values"].tolist() == [-127, 64, -127] and arrays["mask"].tolist() == [0b10110]
+    torch.testing.assert_close(arrays["scales"], torch.tensor([2 / 127, 1.0]))
+    found = read(TopK(fraction=0.6, values="int8"), change)
+    torch.testing.assert_close(found[A], torch.tensor([[0.0, -2.0, 64 * 2 / 127]]))
+    assert found[B].flatten().tolist() == [0.0, -127.0]
+    rounded = read(TopK(fraction=0.2, values="bfloat16"), AdapterState({A: torch.tensor([[1.003, 0.0]])}))
+    assert rounded[A].tolist() == [[1.0, 0.0]]  # bfloat16 has 1 and 1.0078125 there
 
 
 def test_topk_counts_its_indices_in_blocks():
@@ -89,7 +102,16 @@ def test_topk_counts_its_indices_in_blocks():
 
 
 @pytest.mark.parametrize(
-    ("wire", "bits"), [(Float32(), 32), (BFloat16(), 16), (Int8(), 8), (TopK(), 2.4), (TopK(fraction=0.01), 0.48)]
+    ("wire", "bits"),
+    [
+        (Float32(), 32),
+        (BFloat16(), 16),
+        (Int8(), 8),
+        (TopK(), 2.4),
+        (TopK(fraction=0.01), 0.48),
+        (TopK(fraction=0.1), 4.2),
+        (TopK(fraction=0.27, values="int8"), 3.16),
+    ],
 )
 def test_what_a_message_weighs(wire, bits):
     change = AdapterState({f"{n}.lora_A.weight": torch.randn(16, 512, generator=generator()) for n in range(8)})
@@ -120,8 +142,10 @@ def test_nothing_is_lost_of_a_change_of_zero_or_of_a_tensor_without_values():
     [
         (Int8(), {"values": torch.zeros(4, dtype=torch.int8)}, r"values is torch.int8 of shape \(4,\)"),
         (Int8(), {"values": torch.zeros(5)}, "values is torch.float32"),
-        (TopK(), {"counts": torch.tensor([-1], dtype=torch.int32)}, r"not torch.float32 of shape \(-1,\)"),
-        (TopK(), {"offsets": torch.tensor([5], dtype=torch.uint16)}, "points beyond the 5 values"),
+        (TopK(), {"mask": None}, "the message has no counts"),
+        (TopK(), {"mask": torch.tensor([32], dtype=torch.uint8)}, "mask points beyond the 5 values"),
+        (TopK(), {"mask": torch.tensor([1, 0], dtype=torch.uint8)}, r"mask is torch.uint8 of shape \(2,\)"),
+        (TopK(), {"mask": torch.tensor([3], dtype=torch.uint8)}, r"not torch.float32 of shape \(2,\)"),
         (BFloat16(), {"values": None}, "the message has no values"),
         (BFloat16(), {"buffer.x": torch.zeros(1)}, "other buffers than the adapter: x"),
     ],
@@ -133,12 +157,31 @@ def test_a_message_that_does_not_fit_is_refused(wire, spoil, said):
         unpack_update(wire, data, CHANGE)
 
 
+def test_positions_that_do_not_fit_are_refused():
+    change = AdapterState({A: torch.arange(100.0)})
+    wire = TopK(fraction=0.01)
+    arrays = wire.encode(change, generator())
+    assert (arrays["offsets"].tolist(), arrays["counts"].tolist()) == ([99], [1])
+    for spoil, said in (
+        ({"offsets": torch.tensor([100], dtype=torch.uint16)}, "offsets points beyond the 100 values"),
+        ({"counts": torch.tensor([-1], dtype=torch.int32)}, "counts has a number below 0"),
+        ({"counts": torch.tensor([2], dtype=torch.int32)}, r"offsets is torch.uint16 of shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            unpack_update(wire, save({**arrays, **spoil}), change)
+
+
 def test_names_and_limits():
     assert "int8" in wire_problems("int4", {})[0]
     assert wire_problems("topk", {"fraction": 0}) and wire_problems("float32", {"error_feedback": True})
     with pytest.raises(ConfigError, match=r"wire\.rounding"):
         build_wire("int8", {"rounding": "up"})
-    assert hyperparameters(TopK) == {"down": "float32", "fraction": 0.05, "error_feedback": True}
+    assert hyperparameters(TopK) == {
+        "down": "float32",
+        "fraction": 0.05,
+        "values": "float32",
+        "error_feedback": True,
+    }
 
 
 def fit_of(by: dict[str, torch.Tensor], seen: list | None = None):

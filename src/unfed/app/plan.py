@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from unfed.app import build
 from unfed.app.methods import unlearning_objective
 from unfed.app.recipes import recipe_of
 from unfed.app.source import read_source, source_directory
+from unfed.app.traffic import Traffic, traffic
 from unfed.base.artifacts import read_tensors
 from unfed.config.schema import RunConfig
 from unfed.data.given import clients_of
 from unfed.models.adapter import live_tensors, lora_scaling, trainable_parameters
 from unfed.models.load import DTYPES
-from unfed.models.second import not_plain_lora, ranks_of
+from unfed.models.second import not_plain_lora
 from unfed.models.shapes import adapted_shapes, parameter_shapes
 from unfed.models.source import resolve_source
 from unfed.models.spec import ADAPTER_WEIGHTS
@@ -31,7 +33,7 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts and bytes, with all clients in each of ``rounds``: what is sent is the most that it can be. ``memory``
+    """Counts and bytes, with all clients in each of ``rounds``: what is ``sent`` is the most that it can be. ``memory``
     splits the estimate of one process's peak into its parts."""
 
     base_parameters: int
@@ -39,8 +41,13 @@ class Plan:
     adapter_bytes: int
     clients: int
     rounds: int
-    bytes_per_round: int
+    sent: Traffic
     memory: dict[str, float]
+
+    @property
+    def bytes_per_round(self) -> float:
+        """Both ways, the mean of all rounds."""
+        return (self.sent.up + self.sent.down) / max(1, self.rounds)
 
     @property
     def peak_bytes(self) -> float:
@@ -56,7 +63,8 @@ class Plan:
             ("adapter", f"{self.adapter_bytes / MB:.2f} MB"),
             ("clients x rounds", f"{self.clients} x {self.rounds}"),
             ("sent in a round, both ways", f"{self.bytes_per_round / MB:.2f} MB"),
-            ("sent in the run, at most", f"{self.bytes_per_round * self.rounds / MB:.2f} MB"),
+            ("sent to the server in the run, at most", f"{self.sent.up / MB:.2f} MB"),
+            ("sent to the clients in the run, at most", f"{self.sent.down / MB:.2f} MB"),
         ]
         rows += [(f"memory: {name}", f"{value / MB:,.0f} MB") for name, value in self.memory.items()]
         return [*rows, ("memory: estimate of the peak", f"{self.peak_bytes / MB:,.0f} MB")]
@@ -78,32 +86,42 @@ def plan(config: RunConfig) -> Plan:
     activations = _activation_bytes(base, config, args, dtype)
     trainable = adapted_shapes(model_args, source)
     trained = sum(p.numel() for p in trainable_parameters(trainable).values())
-    adapter_width = 4 if model_args.use_lora else dtype.itemsize
-    adapter = sum(t.numel() for t in live_tensors(trainable).values()) * adapter_width
+    travels = torch.float32 if model_args.use_lora else dtype
+    shapes = {n: t.shape for n, t in live_tensors(trainable).items()}
+    adapter = _values(shapes) * travels.itemsize
     frozen = 0
     if source.adapter is not None and (second := _second_adapter(config, trainable, source.adapter)) is not None:
-        trained, adapter, frozen = second, second * adapter_width, adapter
-    clients, rounds = _extent(config)
-    variates = 2 if config.aggregator is not None and config.aggregator.name == "Scaffold" else 1
+        shapes, trained, frozen = second, _values(second), adapter
+        adapter = trained * travels.itemsize
+    named, rounds = _extent(config)
+    clients = len(named)
     memory = {
         "base weights": float(total * dtype.itemsize + frozen),
-        "adapter, gradients, AdamW": float(trained * (adapter_width * 2 + 8)),
+        "adapter, gradients, AdamW": float(trained * (travels.itemsize * 2 + 8)),
         "reference adapter": float(adapter) if _needs_reference(config) else 0.0,
         # The aggregation error is exact for up to that many clients, and keeps their adapters until the round's end.
         "server: mean, update, checkpoint": float((3 + (clients if clients <= EXACT_LIMIT else 0)) * adapter),
         "activations and logits": activations,
     }
-    return Plan(total, trained, adapter, clients, rounds, 2 * adapter * clients * variates, memory)
+    return Plan(total, trained, adapter, clients, rounds, traffic(config, shapes, travels, named, rounds), memory)
 
 
-def _second_adapter(config: RunConfig, model: nn.Module, learned: str) -> int | None:
-    """Parameters of the adapter that a recipe trains on the learned one; ``None`` for one that trains that itself."""
+def _values(shapes: Mapping[str, torch.Size]) -> int:
+    return sum(s.numel() for s in shapes.values())
+
+
+def _second_adapter(config: RunConfig, model: nn.Module, learned: str) -> dict[str, torch.Size] | None:
+    """Shapes of the adapter that a recipe trains on the learned one; ``None`` for one that trains that itself."""
     recipe = recipe_of(config) if config.mode == "unlearn" else None
     if recipe is None or not recipe.demands.second_adapter or not_plain_lora(learned) is not None:
         return None
     state = read_tensors(Path(learned) / ADAPTER_WEIGHTS)
-    shape, pairs, ranks = recipe.second_adapter(state, lora_scaling(model)), lora_pairs(state), ranks_of(state)
-    return sum(shape.r * sum(state[n].numel() for n in pairs[m]) // ranks[m] for m in shape.modules)
+    shape, pairs = recipe.second_adapter(state, lora_scaling(model)), lora_pairs(state)
+    found = {}
+    for a, b in (pairs[module] for module in shape.modules):
+        found[a] = torch.Size((shape.r, *state[a].shape[1:]))
+        found[b] = torch.Size((state[b].shape[0], shape.r, *state[b].shape[2:]))
+    return found
 
 
 def _activation_bytes(base: PreTrainedModel, config: RunConfig, args: LoopArgs, dtype: torch.dtype) -> float:
@@ -127,18 +145,18 @@ def _needs_reference(config: RunConfig) -> bool:
     return needs.reference or needs.reference_distribution
 
 
-def _extent(config: RunConfig) -> tuple[int, int]:
+def _extent(config: RunConfig) -> tuple[Sequence[str], int]:
+    """The clients' names, and the rounds."""
     if config.trainer is None:
-        return 1, 0
+        return ("local",), 0
     given = config.trainer.method_args
     if not build.is_federated(config):
-        return 1, 1
-    clients = given.num_clients
-    manifest = build.find_manifest(config)
-    if clients is None and manifest is not None:
-        clients = len(clients_of(manifest))
+        return ("local",), 1
     rounds = _rounds(config, given.global_rounds) if config.mode == "unlearn" else given.global_rounds
-    return clients or build.DEFAULT_CLIENTS, rounds
+    manifest = build.find_manifest(config)
+    if given.num_clients is None and manifest is not None:
+        return clients_of(manifest), rounds
+    return [f"client_{c}" for c in range(given.num_clients or build.DEFAULT_CLIENTS)], rounds
 
 
 def _rounds(config: RunConfig, global_rounds: int) -> int:

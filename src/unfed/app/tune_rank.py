@@ -44,7 +44,7 @@ class Step:
 
     run: SweepRun
     trainable_parameters: int
-    bytes_per_round: int
+    bytes_per_round: float
 
     @property
     def finetune(self) -> RunConfig:

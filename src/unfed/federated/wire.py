@@ -20,14 +20,13 @@ from unfed.base import params as hyper
 from unfed.base.errors import ConfigError, nearest
 from unfed.base.params import Hyperparameters, choice, flag, number
 from unfed.base.types import AdapterState
+from unfed.federated.indices import index_bytes, read_index, write_index
 
 Arrays = Mapping[str, Tensor]
 Down = Literal["float32", "bfloat16"]
-VALUES, SCALES, OFFSETS, COUNTS = "values", "scales", "offsets", "counts"
+VALUES, SCALES = "values", "scales"
 LEVELS = 127
 """Steps of ``int8`` on either side of zero; -128 is not used, so that the range is symmetric."""
-BLOCK = 1 << 16
-"""Values that an index of 16 bits reaches: ``topk`` counts its indices in blocks of so many."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,8 @@ class Int8(Wire):
         for tensor in change.values():
             wide = tensor.float()
             scale = self._largest(wide) / LEVELS
-            steps = torch.where(scale > 0, wide / scale, torch.zeros_like(wide))
-            if self.rounding == "stochastic":
-                steps = torch.floor(steps + torch.rand(steps.shape, generator=generator))
-            else:
-                steps = torch.round(steps)
-            # A scale that is not finite carries that to the decoded values; the steps beside it mean nothing.
-            values.append(steps.nan_to_num(1.0).clamp(-LEVELS, LEVELS).to(torch.int8).flatten())
+            drawn = generator if self.rounding == "stochastic" else None
+            values.append(_in_steps(wide, scale, drawn).flatten())
             scales.append(scale.flatten())
         return {VALUES: _joined(values, torch.int8), SCALES: _joined(scales, torch.float32)}
 
@@ -178,46 +172,64 @@ class TopK(Wire):
     """The ``k = ceil(fraction * N)`` entries of largest size in the whole change; the others count as zero.
 
     Aji and Heafield 2017 ("Sparse Communication for Distributed Gradient Descent"), with one threshold for all tensors,
-    found exactly. An index takes 16 bits, counted within blocks of 65,536 values, of which each has a count of 32 bits:
-    6 bytes an entry in all.
+    found exactly. ``values``: the dtype of what is sent; in ``int8`` each tensor has one scale, as in :class:`Int8`
+    (ours: the paper sends them whole). Positions: see :func:`unfed.federated.indices.write_index`.
     """
 
     title: ClassVar[str] = "topk"
     fraction: float = number(0.05, above=0.0, at_most=1.0)
+    values: Literal["float32", "bfloat16", "int8"] = choice("float32", ("float32", "bfloat16", "int8"))
     error_feedback: bool = flag(True)
 
     @property
     def up_bytes(self) -> float:
         """See :attr:`Wire.up_bytes`."""
-        return 6.0 * self.fraction
+        return self._dtype.itemsize * self.fraction + index_bytes(self.fraction)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.values)
 
     def encode(self, change: AdapterState, generator: torch.Generator) -> dict[str, Tensor]:
-        """``values``: float32 ``(k,)`` by rising index; ``offsets``: uint16 ``(k,)`` within a block; ``counts``: int32,
-        indices of each block."""
+        """``values``: ``(k,)`` by rising index; where they are; with ``int8``, ``scales``: float32, one a tensor."""
         del generator
         vector = flat(change)
         k = math.ceil(self.fraction * vector.numel())
         index = torch.topk(vector.abs(), k, sorted=False).indices.sort().values
-        counts = torch.bincount(index // BLOCK, minlength=math.ceil(vector.numel() / BLOCK))
-        return {
-            VALUES: vector[index],
-            OFFSETS: (index % BLOCK).to(torch.uint16),
-            COUNTS: counts.to(torch.int32),
-        }
+        values, where = vector[index], write_index(index, vector.numel())
+        if self.values != "int8":
+            return {VALUES: values.to(self._dtype), **where}
+        owner = _owner(index, change)
+        scales = torch.zeros(len(change)).scatter_reduce_(0, owner, values.abs(), "amax") / LEVELS
+        return {VALUES: _in_steps(values, scales[owner]), SCALES: scales, **where}
 
     def decode(self, arrays: Arrays, like: AdapterState) -> AdapterState:
         """See :meth:`Wire.decode`."""
         total = like.numel
-        counts = _checked(arrays, COUNTS, torch.int32, math.ceil(total / BLOCK)).long()
-        sent = int(counts.sum())
-        values = _checked(arrays, VALUES, torch.float32, sent)
-        offsets = _checked(arrays, OFFSETS, torch.uint16, sent).long()
-        if bool((counts < 0).any()):
-            raise ValueError(f"{COUNTS} has a number below 0")
-        index = torch.repeat_interleave(torch.arange(len(counts)) * BLOCK, counts) + offsets
-        if sent and int(index.max()) >= total:
-            raise ValueError(f"{OFFSETS} points beyond the {total} values of the adapter")
+        index = read_index(arrays, lambda name, dtype, size: _checked(arrays, name, dtype, size), total)
+        values = _checked(arrays, VALUES, self._dtype, len(index)).float()
+        if self.values == "int8":
+            values *= _checked(arrays, SCALES, torch.float32, len(like))[_owner(index, like)]
         return shaped(torch.zeros(total).index_copy_(0, index, values), like)
+
+
+def _owner(index: Tensor, like: AdapterState) -> Tensor:
+    """The number of the tensor that each position of the vector lies in."""
+    ends = torch.tensor([t.numel() for t in like.values()], dtype=torch.long).cumsum(0)
+    return torch.searchsorted(ends, index, right=True)
+
+
+def _in_steps(values: Tensor, scale: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``values`` in int8 steps of ``scale``, to the nearest, or at random where there is a generator.
+
+    A scale that is not finite carries that to the decoded values; the steps beside it mean nothing.
+    """
+    steps = torch.where(scale > 0, values / scale, torch.zeros_like(values))
+    if generator is None:
+        steps = torch.round(steps)
+    else:
+        steps = torch.floor(steps + torch.rand(steps.shape, generator=generator))
+    return steps.nan_to_num(1.0).clamp(-LEVELS, LEVELS).to(torch.int8)
 
 
 def flat(state: AdapterState) -> Tensor:
