@@ -171,6 +171,7 @@ def test_what_is_saved_opens_in_stock_peft_with_equal_logits(small_base, tmp_pat
     model.eval()
     save_adapter(model, snapshot(model), tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert {f.stat().st_mode & 0o777 for f in tmp_path.iterdir()} == {0o644}
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_base), str(tmp_path)).eval()
     with torch.no_grad():
         assert torch.equal(stock(IDS).logits, model(IDS).logits)

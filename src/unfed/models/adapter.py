@@ -185,6 +185,7 @@ def save_adapter(model: nn.Module, state: AdapterState, directory: Path) -> None
     export = directory / ".export"
     try:
         for file in sorted(export.iterdir(), key=lambda f: (f.name in {ADAPTER_CONFIG, "config.json"}, f.name)):
+            file.chmod(0o644)  # safetensors makes files for their owner alone; a model is for reading, like the rest
             file.replace(directory / file.name)
         export.rmdir()
     except OSError as e:
