@@ -394,3 +394,14 @@ def test_a_full_disk_at_the_end_keeps_every_round(small_run, finetuned, tmp_path
 def test_an_aggregator_with_a_wrong_hyperparameter(small_run, tmp_path):
     with pytest.raises(ConfigError, match=r"aggregator\.server_lr: must be a number above 0, not -1"):
         run(small_run("finetune", tmp_path / "run", aggregator=AggregatorConfig("FedAdam", {"server_lr": -1})))
+
+
+def test_no_secret_of_the_environment_is_written(small_run, tmp_path, monkeypatch, capfd):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, f"{name}-4f9d2c")
+    directory = run(small_run("finetune", tmp_path / "ft")).directory
+    files = [f for f in directory.rglob("*") if f.is_file()]
+    assert any(f.name == "run.json" for f in files)
+    assert not [f for f in files if b"-4f9d2c" in f.read_bytes()]
+    said = capfd.readouterr()
+    assert "-4f9d2c" not in said.out + said.err
