@@ -23,6 +23,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent))
+FLOORS = {10.0: 0.5}
+"""Seconds that a round may take at most, by megabytes each way, with three sites on two cores that do nothing else."""
+MOST_MEMORY = 500
+"""MB that the server may grow by at most, whatever the size."""
 CLASSES = ("network.EchoServer", "network.EchoSite")
 
 
@@ -80,7 +84,14 @@ def main() -> None:
     for entry in found:
         entry["median"] = statistics.median(entry["seconds"])
         grown = entry["peak_over_idle"] / 1e6
-        print(f"{entry['megabytes']:g} MB: {entry['median']:.3f} s a round, server's peak {grown:.0f} MB over idle")
+        floor = FLOORS.get(entry["megabytes"])
+        against = f" (floor {floor:g})" if floor is not None else ""
+        print(
+            f"{entry['megabytes']:g} MB: {entry['median']:.3f} s a round{against}, "
+            f"server's peak {grown:.0f} MB over idle (floor {MOST_MEMORY})"
+        )
+    load = os.getloadavg()[0]
+    print(f"load {load:.1f} on {os.cpu_count()} cores at the end")
     if given.output:
         given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

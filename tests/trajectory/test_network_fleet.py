@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shutil
 
 import pytest
 import torch
 
-from unfed.app.network_fleet import NetworkFleet, for_sites
+from unfed.app.network_fleet import for_sites
 from unfed.app.rundir import plain
 from unfed.app.runs import run
 from unfed.app.site import Site, site_config
@@ -21,64 +20,9 @@ from unfed.base.types import AdapterState
 from unfed.config.schema import EngineConfig, ForgetConfig, MethodConfig, PartitionConfig, RecipeConfig
 from unfed.config.site import SiteFile
 from unfed.federated.messages import Message
-from unfed.federated.remote import State
 
 NETWORK = EngineConfig("nvflare", timeout=60.0)
 SITES = ("north", "south", "west")
-
-
-class Here:
-    """A link to sites in this process; what they are told and answer passes through bytes."""
-
-    def __init__(self, sites):
-        self.sites, self.told, self.results = sites, [], {}
-
-    def begin(self, client_id, message):
-        self.told.append((client_id, Message.unpack(message.pack())))
-        self.results[client_id] = self.sites[client_id].answer(self.told[-1][1]).pack()
-        return lambda: 0
-
-    def state(self, client_id, ticket, wait):
-        return State("done", nbytes=len(self.results[client_id]))
-
-    def answer(self, client_id, ticket, nbytes):
-        return io.BytesIO(self.results[client_id])
-
-
-def rows_of(root, name):
-    return (root / "tofu" / f"{name}.json").read_text(encoding="utf-8").splitlines()
-
-
-@pytest.fixture(scope="session")
-def site_data(tmp_path_factory, small_data):
-    """Each site's data root: six rows each; north and west have three of the six forget rows."""
-    full, forget = rows_of(small_data, "full"), set(rows_of(small_data, "forget01"))
-    dealt = {"north": full[:3] + full[12:15], "south": full[3:9], "west": full[9:12] + full[15:]}
-    roots = {}
-    for name, own in dealt.items():
-        roots[name] = tmp_path_factory.mktemp(name)
-        (roots[name] / "tofu").mkdir()
-        sets = {
-            "full": own,
-            "forget01": [r for r in own if r in forget],
-            "retain99": [r for r in own if r not in forget],
-        }
-        for split, lines in sets.items():
-            if lines:
-                (roots[name] / "tofu" / f"{split}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return roots
-
-
-@pytest.fixture
-def fleet(site_data, small_base):
-    def make(changed=None, **same):
-        files = {n: SiteFile(str(r), str(small_base), ("locuslab/TOFU",), **same) for n, r in site_data.items()}
-        for name, other in (changed or {}).items():
-            files[name] = dataclasses.replace(files[name], **other)
-        link = Here({name: Site(name, file) for name, file in files.items()})
-        return NetworkFleet(link, SITES), link
-
-    return make
 
 
 def weights(directory) -> AdapterState:
@@ -98,12 +42,11 @@ def all_targets(config):
 
 
 @pytest.fixture(scope="module")
-def over_the_network(tmp_path_factory, small_run, site_data, small_base):
+def over_the_network(tmp_path_factory, small_run, fleet):
     """The directory of a fine-tuning across the sites, to be read only."""
-    files = {n: SiteFile(str(r), str(small_base), ("locuslab/TOFU",)) for n, r in site_data.items()}
-    link = Here({name: Site(name, file) for name, file in files.items()})
+    network, link = fleet()
     config = small_run("finetune", tmp_path_factory.mktemp("net") / "ft", engine=NETWORK)
-    return run(config, NetworkFleet(link, SITES)).directory, config, link
+    return run(config, network).directory, config, link
 
 
 def test_fine_tuning_gives_the_adapter_of_a_run_in_one_place_bit_for_bit(over_the_network, tmp_path):
@@ -260,7 +203,7 @@ def test_an_error_at_a_site_travels_as_its_name_alone(small_run, fleet, monkeypa
 def test_a_row_at_two_sites_is_refused(small_run, fleet, site_data, tmp_path):
     both = shutil.copytree(site_data["south"], tmp_path / "both")
     with (both / "tofu" / "full.json").open("a", encoding="utf-8") as f:
-        f.write(rows_of(site_data["north"], "full")[0] + "\n")
+        f.write((site_data["north"] / "tofu" / "full.json").read_text(encoding="utf-8").splitlines()[0] + "\n")
     with pytest.raises(UnfedError, match="1 rows of south are at north as well"):
         run(small_run("finetune", tmp_path / "ft", engine=NETWORK), fleet({"south": {"data_dir": str(both)}})[0])
 

@@ -12,7 +12,6 @@ from unfed.base.artifacts import digest_file, read_json, read_tensors
 from unfed.config.checks import consistency
 from unfed.config.schema import (
     DatasetConfig,
-    EngineConfig,
     MethodArgs,
     PartitionConfig,
     RecipeConfig,
@@ -112,11 +111,3 @@ def test_one_place_sends_nothing(small_run, tmp_path):
     ]
     ok = dataclasses.replace(config, wire=WireConfig("float32"))
     assert not [p for p in consistency(ok) if p.startswith("wire")]
-
-
-def test_a_network_has_no_wire_yet(small_run, tmp_path):
-    config = small_run("finetune", tmp_path / "x", engine=EngineConfig("nvflare"), wire=WireConfig("topk"))
-    said = "wire=topk: not with engine=nvflare yet: adapters travel there as they are; leave it out"
-    assert said in consistency(config)
-    plain = dataclasses.replace(config, wire=WireConfig("float32", {"down": "float32"}))
-    assert not [p for p in consistency(plain) if p.startswith("wire")]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from unfed.app import build, encode, hostile, ownership, recipes, server_rows
+from unfed.app.rundir import RunDir
 from unfed.app.wire import over_wire
 from unfed.base.errors import ConfigError
 from unfed.base.types import AdapterState
@@ -22,7 +23,7 @@ from unfed.models.load import LoadedModel
 @dataclass(frozen=True)
 class Mission:
     """What the clients of a run are to know before its first round. ``client`` runs tasks in this process;
-    ``opened`` is the adapter that the run began with, ``clients`` are their rows."""
+    ``opened`` is the adapter that the run began with, ``clients`` are their rows; ``directory``: the run's."""
 
     config: RunConfig
     loaded: LoadedModel
@@ -30,6 +31,7 @@ class Mission:
     rows: build.Rows
     partition: Partition
     opened: AdapterState
+    directory: RunDir
     clients: Mapping[str, ClientData] = field(default_factory=dict)
 
 

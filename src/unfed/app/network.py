@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +55,9 @@ RIGHTS: Mapping[str, Any] = {
         "member": {"view": "any"},
     },
 }
+LONGEST_DAYS = 360
+"""Of a party's certificate, whatever the authority's: NVFlare's own limit."""
+SOON_DAYS = 30
 NO_LOGS = ("site_log_streamer", "log_receiver")
 """NVFlare's components that send logs of sites to the server, and take them there."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -78,7 +82,8 @@ outputs: saves
 @dataclass(frozen=True)
 class Project:
     """``PROJECT.yml``: ``host`` and ``port`` at which the sites reach the server; ``sites``, ``admins`` (may submit
-    jobs) and ``members`` (may look on) by name. ``valid_days``: of the network's own certificate authority."""
+    jobs) and ``members`` (may look on) by name. ``valid_days``: of the network's own certificate authority, and of
+    all certificates that are made with it."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
     name: str
@@ -107,6 +112,9 @@ def read_project(path: Path) -> Project:
     problems += [f"{path}: {n!r} must look like an e-mail address" for n in people if _PERSON.fullmatch(n) is None]
     everybody = [project.host, *project.sites, *people]
     problems += [f"{path}: {n} stands there twice" for n in sorted({n for n in everybody if everybody.count(n) > 1})]
+    if not 1 <= project.valid_days <= LONGEST_DAYS:
+        why = f"a party's certificate lasts {LONGEST_DAYS} days at most"
+        problems.append(f"{path}: valid_days={project.valid_days}: must be from 1 to {LONGEST_DAYS} ({why})")
     if problems or not project.sites or not project.admins:
         raise ConfigError(problems or [f"{path}: a network has a site and an administrator at least"])
     return project
@@ -181,6 +189,32 @@ def _close(kit: Path) -> None:
     template = SERVER_TEMPLATE if role == "server" else SITE_TEMPLATE
     (local / SITE_FILE).write_text(template, encoding="utf-8")
     os.chmod(local / SITE_FILE, 0o600)
+
+
+def valid_until(kit: Path) -> datetime:
+    """When the certificate of a kit's party, or that of its authority, ends. ``UnfedError``: they cannot be read."""
+    from cryptography import x509  # pyright: ignore[reportMissingImports] - NVFlare brings it
+
+    ends = []
+    for name in ("rootCA.pem", "server.crt" if role_of(kit) == "server" else "client.crt"):
+        try:
+            found = x509.load_pem_x509_certificate((kit / "startup" / name).read_bytes())
+        except (OSError, ValueError) as e:
+            raise UnfedError(f"{kit / 'startup' / name}: is no certificate that could be read") from e
+        ends.append(found.not_valid_after_utc)
+    return min(ends)
+
+
+def check_validity(kit: Path) -> str | None:
+    """A reminder where a kit's certificates end soon; ``UnfedError`` where they have ended."""
+    end = valid_until(kit)
+    left = (end - datetime.now(UTC)).days
+    if left >= SOON_DAYS:
+        return None
+    renew = "the operator renews all of them: docs/network.md, Renewal"
+    if left < 0:
+        raise UnfedError(f"the certificates of {kit} ended on {end:%Y-%m-%d}; {renew}")
+    return f"the certificates of {kit} end on {end:%Y-%m-%d}, in {left} days; {renew}"
 
 
 def role_of(kit: Path) -> str:

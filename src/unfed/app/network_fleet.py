@@ -13,6 +13,7 @@ from unfed.app.fleet import Fleet, Mission
 from unfed.app.progress import say
 from unfed.app.rundir import PARTITION_FILE, plain, versions
 from unfed.app.tasks import task_message
+from unfed.app.wire import ServerEnd, wire_of
 from unfed.base.artifacts import digest_json
 from unfed.base.errors import ClientError, UnfedError
 from unfed.base.types import AdapterState, Example, Split
@@ -48,6 +49,7 @@ def for_sites(config: RunConfig) -> dict[str, Any]:
         "method": said["method"],
         "wrapper": said["wrapper"],
         "privacy": said["privacy"],
+        "wire": said["wire"],
         "collator": said["collator"],
         "data": {k: v for k, v in data.items() if v is not None},
         "model": {"model_args": model, "template_args": said["model"]["template_args"]},
@@ -144,11 +146,18 @@ class NetworkFleet(Fleet):
         """Open the run at every site, refuse what does not agree, and bring tasks."""
         assert self._remote is not None
         splits = {"train": mission.rows.train, "forget": mission.rows.forget, "retain": mission.rows.retain}
-        head = {"do": "open", "config": {**for_sites(mission.config), "model": _model(mission)}, "run": _name(mission)}
+        head = {
+            "do": "open",
+            "config": {**for_sites(mission.config), "model": _model(mission)},
+            "run": mission.directory.name(),
+            "keep": mission.config.engine.keep_checkpoints + 1,
+        }
         messages = {}
         for site, own in mission.partition.clients.items():
             chosen = {s: [e["id"] for e in rows if e["id"] in set(own)] for s, rows in splits.items()}
             messages[site] = Message({**head, "rows": chosen, "own": list(own)}, {"opened": mission.opened})
+        end = ServerEnd(wire_of(mission.config))
+        self._remote = Remote(self._link, end.encode, patience_of(mission.config), end.decode)
         here = base_facts(mission.loaded.model, mission.loaded.tokenizer)
         for site, message in self._ask(messages).items():
             _refuse_other_base(site, message.get("base", dict), here)
@@ -241,8 +250,3 @@ def _shape(own: Any) -> dict[str, Any]:
     names = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
     lists = ("target_modules", "modules_to_save", "layers_to_transform")
     return {**{n: getattr(own, n) for n in names}, **{n: text(getattr(own, n)) for n in lists}}
-
-
-def _name(mission: Mission) -> str:
-    """A name for the run that says nothing, the same for a resumed one: a site keeps its own tensors under it."""
-    return digest_json([mission.config.paths.output_dir, mission.opened.digest()]).partition(":")[2][:16]

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -22,6 +23,7 @@ from unfed.config.site import SITE_FILE, ServerFile, SiteFile, below, read_site_
 from unfed.federated.nvflare import CollabLink, SiteDesk
 
 log = logging.getLogger("unfed")
+_DENIED = re.compile(r"is not authorized for '(\w+)'")
 
 
 class Server:
@@ -104,8 +106,15 @@ def session(kit: Path) -> Iterator[Any]:
     try:
         yield opened
     except (api_spec.AuthorizationError, api_spec.AuthenticationError) as e:
-        raise UnfedError(f"{kit.name} may not do that (see role of its kit): {_line(e)}") from e
-    except (api_spec.JobNotFound, api_spec.JobNotRunning, api_spec.InvalidJobDefinition) as e:
+        what = _DENIED.search(str(e))
+        raise UnfedError(
+            f"{kit.name} may not do that (see the role of its kit): {what[1] if what else _line(e)}"
+        ) from e
+    except api_spec.JobNotFound as e:
+        raise UnfedError(f"{_line(e)}; unfed network status lists the jobs") from e
+    except api_spec.JobNotRunning as e:
+        raise UnfedError(_line(e)) from e
+    except api_spec.InvalidJobDefinition as e:
         raise UnfedError(f"{type(e).__name__}: {_line(e)}") from e
     except (api_spec.NoConnection, api_spec.SessionClosed, api_spec.InternalError, api_spec.NoReply) as e:
         raise UnfedError(f"the server ended the session: {_line(e)}") from e

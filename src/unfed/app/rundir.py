@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,12 @@ class RunDir:
         """Add to ``run.json`` and write it."""
         self._record.update({k: plain(v) for k, v in entries.items()})
         write_json(self.path / RUN_FILE, self._record)
+
+    def name(self) -> str:
+        """A name of this run and of no other that says nothing of it; it keeps it when it is resumed."""
+        if "name" not in self._record:
+            self.note(name=secrets.token_hex(8))
+        return self._record["name"]
 
     def sent(self, what: str, bytes_up: int = 0, bytes_down: int = 0) -> None:
         """Record what travelled before or after the rounds, for costs to count it."""

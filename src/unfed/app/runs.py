@@ -217,7 +217,7 @@ def train(
         notes |= probe_forget_loss(local, readable, situation.targets if readable else (), loaded)
         directory.note(schedule=schedule.table(), settings=settings, **notes)
         work = _Training(config, directory, loaded, local, clients, rule, plan, situation, own)
-        with fleet.transport(Mission(config, loaded, client, rows, partition, opened, clients)) as transport:
+        with fleet.transport(Mission(config, loaded, client, rows, partition, opened, directory, clients)) as transport:
             state = _rounds(work, (client, transport, readable), state, keeper, start.adapter)
             directory.note(**fleet.measured(state.adapter, state.base_residual))
         warnings = hostile.warning(config, partition) + warnings_of(schedule, client, keeper.records)

@@ -17,6 +17,7 @@ from typing import Any
 from unfed.app import build, encode
 from unfed.app.rundir import versions
 from unfed.app.tasks import read_task
+from unfed.app.wire import client_end
 from unfed.app.worker import Worker, make_client, make_local, read_config
 from unfed.base.errors import UnfedError
 from unfed.base.types import Example
@@ -38,6 +39,8 @@ from unfed.models.residual import put_residual
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = ("train", "forget", "retain")
+MOST_KEPT = 100
+"""Rounds of which a site keeps its own tensors at most, whatever a server asks for."""
 
 
 class TellError(UnfedError):
@@ -57,7 +60,9 @@ def site_config(said: Mapping[str, Any], site: SiteFile) -> RunConfig:
     paths = {"root_dir": site.data_dir, "data_dir": site.data_dir, "output_dir": site.data_dir}
     template = model.get("template_args") or {} if isinstance(model, Mapping) else {}
     known = {
-        k: said[k] for k in ("mode", "seed", "trainer", "method", "wrapper", "privacy", "data", "collator") if k in said
+        k: said[k]
+        for k in ("mode", "seed", "trainer", "method", "wrapper", "privacy", "data", "collator", "wire")
+        if k in said
     }
     whole = {**known, "task_name": "site", "model": {"model_args": args, "template_args": template}, "paths": paths}
     config = read_config({k: v for k, v in whole.items() if v is not None})
@@ -137,9 +142,11 @@ class Site:
         run = message.get("run", str)
         if _NAME.fullmatch(run) is None:
             raise MessageError("the message's run is no name")
-        store = ClientStore(None if self.file.state is None else Path(self.file.state) / run)
+        keep = min(message.get("keep", int), MOST_KEPT)
+        store = ClientStore(None if self.file.state is None else Path(self.file.state) / run, keep)
         client = make_client(config, (loaded, make_local(config, loaded)), data, opened, store)
-        self._config, self._loaded, self._worker = config, loaded, Worker(client, opened)
+        self._config, self._loaded = config, loaded
+        self._worker = Worker(client, opened, client_end(config, store))
         return Message({"base": base_facts(loaded.model, loaded.tokenizer)})
 
     def _fit(self, message: Message) -> Message:

@@ -29,8 +29,8 @@ _CLASS = "is"
 _STATE = "state"
 
 
-def task_message(task: FitTask, broadcast: Broadcast, client_id: str) -> Message:
-    """What ``client_id`` has to know for its part of ``task``."""
+def task_message(task: FitTask, broadcast: Broadcast, client_id: str, packed: bytes | None = None) -> Message:
+    """What ``client_id`` has to know for its part of ``task``. ``packed``: see :func:`broadcast_message`."""
     phase, states = task.phase, {}
     work = _plain(phase.work[client_id], states)
     head = {
@@ -41,7 +41,7 @@ def task_message(task: FitTask, broadcast: Broadcast, client_id: str) -> Message
         "phase_round": task.phase_round,
         "work": work,
     }
-    message = broadcast_message(head, broadcast, client_id)
+    message = broadcast_message(head, broadcast, client_id, packed)
     return Message(message.head, {**message.states, **states})
 
 

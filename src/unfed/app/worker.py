@@ -16,6 +16,7 @@ from unfed.config.shape import validate
 from unfed.federated.client import Client, ClientData
 from unfed.federated.messages import Message, update_message
 from unfed.federated.store import ClientStore
+from unfed.federated.wired import ClientEnd
 from unfed.models.adapter import snapshot
 from unfed.models.load import LoadedModel
 from unfed.training.args import loop_args
@@ -56,12 +57,15 @@ def make_client(
 
 @dataclass
 class Worker:
-    """Answers tasks. ``opened``: the adapter that the run began with, the same on every machine."""
+    """Answers tasks. ``opened``: the adapter that the run began with, the same on every machine. ``end``: the clients'
+    end of the run's wire (``None``: adapters travel as they are)."""
 
     client: Client
     opened: AdapterState
+    end: ClientEnd | None = None
 
     def answer(self, message: Message) -> Message:
         """The update of the client whose task ``message`` is. Raises what :func:`read_task` and the training raise."""
         task, broadcast, client_id = read_task(message, self.opened)
-        return update_message(self.client.fit(task, broadcast, client_id))
+        update = self.client.fit(task, broadcast, client_id)
+        return update_message(update) if self.end is None else update_message(*self.end.sent(task, broadcast, update))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from unfed.base.errors import ConfigError, UnfedError, nearest
 from unfed.cli.launch import USER_ERROR, guarded
@@ -61,7 +61,7 @@ def _with_nvflare(command: Callable[[Sequence[str]], int], argv: Sequence[str]) 
 
 
 def _provision(argv: Sequence[str]) -> int:
-    from unfed.app.network import provision, read_project
+    from unfed.app.network import provision, read_project, valid_until
 
     parser = _parser("provision")
     parser.add_argument("project", type=Path)
@@ -69,20 +69,24 @@ def _provision(argv: Sequence[str]) -> int:
     given = _parsed(parser, argv)
     kits = provision(read_project(given.project), given.workspace)
     print(f"kits: {kits}\n  " + "\n  ".join(sorted(k.name for k in kits.iterdir())))
+    end = min(valid_until(kit) for kit in kits.iterdir())
     print(
-        "Give each party its own folder over a channel that others cannot read: it holds the party's private key. Keep "
+        f"Their certificates are valid until {end:%Y-%m-%d}. Give each party its own folder over a channel that others "
+        f"cannot read: it holds the party's private key. Keep "
         f"{given.workspace} at one safe place: it holds the key of the network's certificate authority."
     )
     return 0
 
 
 def _start(argv: Sequence[str]) -> int:
-    from unfed.app.network import start_command
+    from unfed.app.network import check_validity, start_command
 
     parser = _parser("start")
     parser.add_argument("kit", type=Path)
     kit = _parsed(parser, argv).kit
     command = start_command(kit)
+    if soon := check_validity(kit):
+        print(f"WARNING: {soon}", flush=True)
     os.umask(0o077)
     os.chdir(kit)
     sys.stdout.flush()
@@ -207,13 +211,28 @@ def _abort(argv: Sequence[str]) -> int:
 
     given = _job(argv, "abort")
     with session(_kit(given)) as opened:
+        status = str(opened.get_job_status(given.job))
+        if status.startswith("FINISHED"):
+            raise UnfedError(f"job {given.job} is over: {status}")
         opened.abort_job(given.job)
-    print(f"job {given.job}: aborted")
+        until = time.monotonic() + WAIT_SECONDS
+        while not (status := str(opened.get_job_status(given.job))).startswith("FINISHED"):
+            if time.monotonic() > until:
+                raise UnfedError(f"job {given.job} was told to end and is still {status}")
+            time.sleep(POLL_SECONDS)
+    print(f"job {given.job}: {status}")
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UnfedError(f"{self.prog}: {message}; unfed network --help")
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"unfed network {command}", usage=USAGE, add_help=False, exit_on_error=False)
+    return _Parser(prog=f"unfed network {command}", usage=USAGE, add_help=False, exit_on_error=False)
 
 
 def _with_kit(command: str) -> argparse.ArgumentParser:
@@ -234,18 +253,22 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Na
     except argparse.ArgumentError as e:
         raise UnfedError(f"{parser.prog}: {e}") from e
     if rest:
-        raise UnfedError(f"{parser.prog}: {rest[0]} is not understood; unfed network --help")
+        known = [o for action in parser._actions for o in action.option_strings]  # noqa: SLF001 - it has no other list
+        near = nearest(rest[0], known) if rest[0].startswith("-") else ""
+        raise UnfedError(f"{parser.prog}: {rest[0]} is not understood{near}; unfed network --help")
     return given
 
 
 def _kit(given: argparse.Namespace) -> Path:
-    from unfed.app.network import role_of
+    from unfed.app.network import check_validity, role_of
 
     if given.kit is None:
         raise UnfedError(f"--kit: the folder of an administrator's startup kit is needed (or set {KIT})")
     kit = Path(given.kit).resolve()
     if role_of(kit) != "admin":
         raise UnfedError(f"--kit={given.kit}: is the kit of a {role_of(kit)}, and an administrator's is needed")
+    if soon := check_validity(kit):
+        print(f"WARNING: {soon}", file=sys.stderr)
     return kit
 
 

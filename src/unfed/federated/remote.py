@@ -66,6 +66,8 @@ UNDER_WAY = 64 * 2**20
 """Bytes that are sent at a time, where that is more than one message."""
 Encode = Callable[[FitTask, Broadcast, str], Message]
 """A client's share of a round as a message."""
+Decode = Callable[[Message, Broadcast, str], ClientUpdate]
+"""A client's answer to what was sent. ``MessageError``: it is none."""
 
 
 class Remote:
@@ -75,8 +77,11 @@ class Remote:
     memory at a time, in the order of the names.
     """
 
-    def __init__(self, link: Link, encode: Encode, patience: Patience = Patience()) -> None:
+    def __init__(
+        self, link: Link, encode: Encode, patience: Patience = Patience(), decode: Decode | None = None
+    ) -> None:
         self._link, self._encode, self._patience = link, encode, patience
+        self._decode = decode or (lambda message, _, client: read_update(message, client))
 
     def fit(
         self, task: FitTask, broadcast: Broadcast, client_ids: Sequence[str]
@@ -87,7 +92,7 @@ class Remote:
             try:
                 if isinstance(answer, ClientError):
                     raise answer
-                update = read_update(answer, client)
+                update = self._decode(answer, broadcast, client)
             except ClientError as e:
                 log.warning("client %s failed in round %d: %s", client, task.round + 1, e)
                 yield ClientFailure(client, str(e))

