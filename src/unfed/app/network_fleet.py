@@ -145,6 +145,9 @@ class NetworkFleet(Fleet):
         assert self._remote is not None
         splits = {"train": mission.rows.train, "forget": mission.rows.forget, "retain": mission.rows.retain}
         head = {"do": "open", "config": {**for_sites(mission.config), "model": _model(mission)}, "run": _name(mission)}
+        # What a site keeps to itself must reach back as far as the server's checkpoints.
+        engine = mission.config.engine
+        head |= {"keep": engine.keep_checkpoints + 1, "every": engine.keep_every}
         messages = {}
         for site, own in mission.partition.clients.items():
             chosen = {s: [e["id"] for e in rows if e["id"] in set(own)] for s, rows in splits.items()}

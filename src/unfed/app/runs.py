@@ -206,7 +206,7 @@ def train(
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened), **personal.inputs(own)}
         identity = {**training_identity(config), "inputs": inputs | turnout.inputs(config, partition.client_ids)}
-        checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
+        checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints, config.engine.keep_every)
         state, keeper = resumed(config, checkpoints, start)
         notes |= fleet.keep(directory.path, rows, partition)
         server_rows.keep(directory.path, config, rows)

@@ -137,7 +137,8 @@ class Site:
         run = message.get("run", str)
         if _NAME.fullmatch(run) is None:
             raise MessageError("the message's run is no name")
-        store = ClientStore(None if self.file.state is None else Path(self.file.state) / run)
+        place = None if self.file.state is None else Path(self.file.state) / run
+        store = ClientStore(place, message.get("keep", int), every=message.get("every", (int, type(None))))
         client = make_client(config, (loaded, make_local(config, loaded)), data, opened, store)
         self._config, self._loaded, self._worker = config, loaded, Worker(client, opened)
         return Message({"base": base_facts(loaded.model, loaded.tokenizer)})
