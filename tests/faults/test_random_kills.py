@@ -51,10 +51,14 @@ class Killer:
         return self.place / f"run{self.ended}"
 
     def once(self) -> None:
-        """Start or resume a run; kill it at a moment that leaves it, on average, two rounds to do more."""
+        """Start or resume a run; kill it while it starts, or at a moment of one of its next rounds."""
         process = self.processes.Process(target=run, args=(self.make(self.directory, resume=self.directory.exists()),))
+        ahead = self.draw.choice((None, 0, 1, 1, 2))
+        wanted = 0 if ahead is None else rounds_done(self.directory) + ahead
         process.start()
-        process.join(self.draw.uniform(0.0, 0.8 * self.length))
+        while process.is_alive() and wanted > 0 and rounds_done(self.directory) < wanted:
+            time.sleep(0.002)  # however busy the machine is, there is progress between kills
+        process.join(self.draw.uniform(0.0, self.length * (0.6 if wanted == 0 else 0.1)))
         process.kill()
         process.join()
         if process.exitcode == -9:
