@@ -32,6 +32,7 @@ PAIRS = {
     "docs/network.md": "docs/network.zh-CN.md",
     "docs/privacy.md": "docs/privacy.zh-CN.md",
     "docs/robust.md": "docs/robust.zh-CN.md",
+    "docs/failures.md": "docs/failures.zh-CN.md",
 }
 PAGES = [*PAIRS, *PAIRS.values()]
 RUN_HERE = ("docs/lora.md", "docs/unlearning.md", "docs/privacy.md", "docs/clients.md")

@@ -41,8 +41,8 @@ def record(round_: int) -> RoundRecord:
     )
 
 
-def filled(directory, rounds: int = 3, keep: int = 5) -> Checkpoints:
-    found = Checkpoints(directory, CONFIG, keep)
+def filled(directory, rounds: int = 3, keep: int = 5, every: int | None = None) -> Checkpoints:
+    found = Checkpoints(directory, CONFIG, keep, every)
     for n in range(1, rounds + 1):
         found.save(state(n, n / 3), [record(i) for i in range(n)])
     return found
@@ -70,9 +70,29 @@ def test_each_round_has_its_directory_and_the_last_ones_stay(tmp_path):
     assert names(tmp_path / "least") == ["round_00002"]
 
 
+def test_every_nth_round_stays_beside_the_last_ones(tmp_path):
+    found = filled(tmp_path, rounds=11, keep=2, every=4)
+    assert names(tmp_path) == ["round_00004", "round_00008", "round_00010", "round_00011"]
+    for name in names(tmp_path)[1:]:
+        truncate(tmp_path / "checkpoints" / name / "adapter.safetensors")
+    assert found.finished() == 4 and found.latest()[0].round == 4
+    found.save(state(5), [record(i) for i in range(5)])
+    assert names(tmp_path) == ["round_00004", "round_00005"], "later rounds are of the run that could not be resumed"
+
+
+def test_how_many_rounds_are_finished_is_known_without_their_configuration(tmp_path):
+    filled(tmp_path, rounds=3)
+    anybody = Checkpoints(tmp_path, {})
+    assert anybody.finished() == 3
+    flip(tmp_path / "checkpoints" / "round_00003" / "opt_v.safetensors")
+    assert anybody.finished() == 2
+    (tmp_path / "checkpoints" / "round_00002" / "state.json").write_text("{}")
+    assert anybody.finished() == 1
+
+
 def test_without_rounds_there_is_nothing(tmp_path):
     empty = Checkpoints(tmp_path, CONFIG)
-    assert empty.latest() is None and not empty.exist()
+    assert empty.latest() is None and not empty.exist() and empty.finished() == 0
     empty.check()
     assert filled(tmp_path).exist()
 

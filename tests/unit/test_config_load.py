@@ -180,6 +180,7 @@ WRONG = {
     "a dropout": ({"model.model_args.lora_config.lora_dropout": 1}, "lora_dropout=1", "below 1"),
     "a concentration": ({"partition.alpha": 0}, "partition.alpha=0", "above 0"),
     "checkpoints": ({"engine.keep_checkpoints": 0}, "engine.keep_checkpoints=0", "at least 1"),
+    "every so many checkpoints": ({"engine.keep_every": 0}, "engine.keep_every=0", "at least 1, or null"),
     "a preset's value": ({"lora": {"r": 4}}, "lora: choose a preset", "model.model_args.lora_config.r"),
     "a name that leads away": ({"task_name": "../x"}, "task_name=../x", "must be a name"),
     "no name": ({"task_name": ""}, "task_name=", "must be a name"),

@@ -239,7 +239,8 @@ def start_command(kit: Path) -> list[str]:
         (kit / place).mkdir(mode=0o700, exist_ok=True)
     _here(kit)
     app, file = ("server.server_train", "fed_server") if role == "server" else ("client.client_train", "fed_client")
-    command = [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{app}", "-m", str(kit), "-s", f"{file}.json"]
+    command = [sys.executable, "-u", "-m", "unfed.app.party", f"nvflare.private.fed.app.{app}"]
+    command += ["-m", str(kit), "-s", f"{file}.json"]
     told = ["secure_train=true", "config_folder=config", *_told(kit)]
     return [*command, "--set", *told]
 

@@ -146,11 +146,14 @@ class NetworkFleet(Fleet):
         """Open the run at every site, refuse what does not agree, and bring tasks."""
         assert self._remote is not None
         splits = {"train": mission.rows.train, "forget": mission.rows.forget, "retain": mission.rows.retain}
+        engine = mission.config.engine
         head = {
             "do": "open",
             "config": {**for_sites(mission.config), "model": _model(mission)},
             "run": mission.directory.name(),
-            "keep": mission.config.engine.keep_checkpoints + 1,
+            # What a site keeps to itself must reach back as far as the server's checkpoints.
+            "keep": engine.keep_checkpoints + 1,
+            "every": engine.keep_every,
         }
         messages = {}
         for site, own in mission.partition.clients.items():

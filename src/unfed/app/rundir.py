@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from unfed.base.artifacts import LOCK_NAME, RUN_FILE, read_json, remove_leftovers, run_lock, write_json
-from unfed.base.errors import ArtifactError, UnfedError
+from unfed.base.errors import ArtifactError, UnfedError, WriteError
+from unfed.base.stopping import Stopped
 from unfed.config.schema import RunConfig
 from unfed.data.ownership import OWNERSHIP_FILE
 from unfed.federated.checkpoint import Checkpoints
@@ -45,7 +46,8 @@ def training_identity(config: RunConfig) -> dict[str, Any]:
     identity = plain(config)
     for key in ("resume", "overwrite", "eval", "paths", "task_name", "oracle", "personalise"):
         identity.pop(key)
-    identity["engine"].pop("keep_checkpoints")
+    for key in ("keep_checkpoints", "keep_every"):
+        identity["engine"].pop(key)
     for key in ("report_to", "run_name", "logging_steps", "dataloader_num_workers", "eval_strategy"):
         (identity.get("trainer") or {}).get("args", {}).pop(key, None)
     return identity
@@ -117,7 +119,8 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
 
     A finished run that is there already is set aside under ``<name>.1``, ``<name>.2``, ...: nothing is lost. One that
     was cut short is not touched unless ``resume=true`` (go on) or ``overwrite=true`` (set it aside) says what to do.
-    A run that ends in a user's mistake before it has made anything leaves the place as it was.
+    A run that ends in a user's mistake, or is stopped, before it has made anything leaves the place as it was. One that
+    is stopped, or finds the disk full, says where to go on.
     """
     path = Path(config.paths.output_dir)
     _not_its_own_input(config, path)
@@ -126,7 +129,7 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ArtifactError(f"cannot make the output directory {path}: {e.strerror or e}") from e
+        raise WriteError(f"cannot make the output directory {path}: {e.strerror or e}") from e
     with run_lock(path):
         for place in (path, path / "checkpoints", path / SHARDS_DIR):
             remove_leftovers(place)
@@ -135,12 +138,26 @@ def open_run(config: RunConfig) -> Iterator[RunDir]:
         try:
             yield run
         except BaseException as e:
+            stopped = isinstance(e, KeyboardInterrupt)
             with contextlib.suppress(UnfedError):
-                run.note(status="failed", ended=_now(), error=f"{type(e).__name__}: {e}")
-            if isinstance(e, UnfedError) and not config.resume:
+                run.note(status="stopped" if stopped else "failed", ended=_now(), error=f"{type(e).__name__}: {e}")
+            if isinstance(e, Stopped) and e.where is None:
+                e.where = go_on(path)
+            if isinstance(e, UnfedError | Stopped) and not config.resume:
                 _undo(path, there, aside)
+            if isinstance(e, WriteError) and path.is_dir():
+                raise WriteError(f"{e}. {go_on(path)}") from e
             raise
         run.note(status="finished", ended=_now())
+
+
+def go_on(path: Path) -> str:
+    """What a run that ended before its time has left, and how to go on with it."""
+    done = Checkpoints(path, {}).finished()
+    if not done:
+        return f"No round was finished in {path}: the same command starts afresh"
+    rounds = f"{done} finished round{'s' * (done != 1)}"
+    return f"{path} holds {rounds}, whole: the same command with resume=true goes on from there"
 
 
 def _undo(path: Path, there: set[Path] | None, aside: Path | None) -> None:
@@ -210,7 +227,7 @@ def refuse_unfinished(path: Path, *, overwrite: bool) -> None:
 
 
 def run_status(path: Path) -> str | None:
-    """``finished``, ``running``, ``failed``, or ``None`` when no run was ever recorded there."""
+    """``finished``, ``running``, ``failed``, ``stopped`` (by a signal), or ``None`` where no run was recorded."""
     file = path / RUN_FILE
     if not file.is_file():
         return None

@@ -64,6 +64,8 @@ from unfed.training.loop import Local
 from unfed.unlearning.base import Plan, Situation, Source
 
 log = logging.getLogger(__name__)
+SAVED = "saved: "
+"""The last line of a training that has come to its end, before the directory's name."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def train(
         inputs = {"base": loaded.fingerprint, "rows": rows.digest(), "partition": digest_json(partition.clients)}
         inputs |= {**second.inputs(loaded), **recipes.adapters_of(plan, opened), **personal.inputs(own)}
         identity = {**training_identity(config), "inputs": inputs | turnout.inputs(config, partition.client_ids)}
-        checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints)
+        checkpoints = Checkpoints(directory.path, identity, config.engine.keep_checkpoints, config.engine.keep_every)
         state, keeper = resumed(config, checkpoints, start)
         notes |= fleet.keep(directory.path, rows, partition)
         server_rows.keep(directory.path, config, rows)
@@ -229,7 +231,7 @@ def train(
         directory.note(privacy=privacy.end(config, accountant, keeper.records, state, source))
         directory.note(rounds=keeper.records, warnings=warnings, adapter=adapter.digest())
         result = _evaluate_after(config, loaded, directory)
-        say(f"saved: {directory.path}")
+        say(f"{SAVED}{directory.path}")
         return RunResult(directory.path, tuple(keeper.records), result.summary() if result else {}, result)
 
 

@@ -9,7 +9,7 @@ from unfed.app.probe import ORIGIN_FILE, forget_loss
 from unfed.app.progress import say
 from unfed.app.rundir import TRAIN_ROWS_FILE, RunDir
 from unfed.base.artifacts import write_json
-from unfed.base.errors import ArtifactError
+from unfed.base.errors import WriteError
 from unfed.base.types import AdapterState, ServerState
 from unfed.config.schema import RunConfig
 from unfed.federated.checkpoint import Checkpoints
@@ -30,13 +30,13 @@ def save_run(
 ) -> None:
     """Write ``adapter`` into the model and to disk; ``seen`` are the ids of all rows that it was trained on.
 
-    Raises ``ArtifactError`` where the directory cannot be written to.
+    Raises ``WriteError`` where the directory cannot be written to.
     """
     save_adapter(loaded.model, adapter, directory.path)
     try:
         loaded.tokenizer.save_pretrained(directory.path)
     except OSError as e:
-        raise ArtifactError(f"cannot write the tokenizer to {directory.path}: {e.strerror or e}") from e
+        raise WriteError(f"cannot write the tokenizer to {directory.path}: {e.strerror or e}") from e
     origin: dict[str, Any] = {
         "base": loaded.base,
         "base_fingerprint": loaded.fingerprint,

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = ("train", "forget", "retain")
 MOST_KEPT = 100
-"""Rounds of which a site keeps its own tensors at most, whatever a server asks for."""
+"""Of the last rounds, those of which a site keeps its own tensors at most, whatever a server asks for."""
 
 
 class TellError(UnfedError):
@@ -142,8 +142,9 @@ class Site:
         run = message.get("run", str)
         if _NAME.fullmatch(run) is None:
             raise MessageError("the message's run is no name")
+        place = None if self.file.state is None else Path(self.file.state) / run
         keep = min(message.get("keep", int), MOST_KEPT)
-        store = ClientStore(None if self.file.state is None else Path(self.file.state) / run, keep)
+        store = ClientStore(place, keep, every=message.get("every", (int, type(None))))
         client = make_client(config, (loaded, make_local(config, loaded)), data, opened, store)
         self._config, self._loaded = config, loaded
         self._worker = Worker(client, opened, client_end(config, store))

@@ -29,7 +29,8 @@ def over_wire(config: RunConfig, fit: Fit) -> Fit:
     if wire.as_it_is:
         return fit
     # A run may resume at any checkpoint that is kept, and needs what the clients had then.
-    store = ClientStore(Path(config.paths.output_dir), config.engine.keep_checkpoints + 1)
+    engine, place = config.engine, Path(config.paths.output_dir)
+    store = ClientStore(place, engine.keep_checkpoints + 1, every=engine.keep_every)
     return Wired(fit, ClientEnd(wire, store, config.seed))
 
 

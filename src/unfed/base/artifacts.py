@@ -17,7 +17,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import load_file, save_file
 
-from unfed.base.errors import ArtifactError
+from unfed.base.errors import ArtifactError, WriteError
 from unfed.base.types import AdapterState
 
 RUN_FILE = "run.json"
@@ -39,7 +39,7 @@ def _sync(path: Path) -> None:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling; on success sync it and rename it over ``path``, else remove it.
 
-    Raises ``ArtifactError`` when the directory is full or may not be written to.
+    Raises ``WriteError`` when the directory is full or may not be written to.
     """
     path = Path(path)
     try:
@@ -47,7 +47,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(fd)
     except OSError as e:
-        raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
+        raise WriteError(f"cannot write {path}: {e.strerror or e}") from e
     part = Path(name)
     try:
         yield part
@@ -56,32 +56,33 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(part, path)
         _sync(path.parent)
     except (OSError, safetensors.SafetensorError) as e:
-        raise ArtifactError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise WriteError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling directory; on success it takes the place of ``path``."""
+    """Yield a temporary sibling directory; on success it takes the place of ``path``. ``WriteError`` as above."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     except OSError as e:
-        raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
+        raise WriteError(f"cannot write {path}: {e.strerror or e}") from e
     try:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
                 _sync(file)
+        _sync(part)
         os.chmod(part, 0o755)  # noqa: S103 - a model directory is for reading, as mkdir would make it
         if path.exists():
             shutil.rmtree(path)
         os.replace(part, path)
         _sync(path.parent)
     except (OSError, safetensors.SafetensorError) as e:
-        raise ArtifactError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise WriteError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -176,7 +177,7 @@ def run_lock(directory: Path) -> Iterator[None]:
             with os.fdopen(fd, "w", encoding="utf-8") as f:
                 json.dump(owner, f)
     except OSError as e:
-        raise ArtifactError(f"cannot write to {directory}: {e.strerror or e}") from e
+        raise WriteError(f"cannot write to {directory}: {e.strerror or e}") from e
     try:
         yield
     finally:

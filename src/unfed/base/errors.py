@@ -35,6 +35,10 @@ class ArtifactError(UnfedError):
     """A file under the run directory that is missing, altered, or cannot be written."""
 
 
+class WriteError(ArtifactError):
+    """A file that cannot be written: the disk is full, the place is not writable."""
+
+
 class ClientError(Exception):
     """A client failed in this round. The round survives it; never reaches the user as an exit."""
 

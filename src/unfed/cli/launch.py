@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from unfed.base.errors import UnfedError
+from unfed.base.stopping import Stopped, stoppable
 from unfed.config.schema import RunConfig
 
 USER_ERROR = 2
 INTERRUPTED = 130
+GO_ON = "A training run goes on from its last finished round with resume=true"
 KNOWN_WARNINGS = (
     r"`is_gradient_checkpointing` is deprecated",  # transformers about PEFT's use of it
     r"The PEFT config's `base_model_name_or_path` was renamed",  # a path and its absolute form
@@ -24,11 +26,12 @@ KNOWN_WARNINGS = (
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command; what the user can mend ends in its message on stderr and 2, Ctrl-C in 130."""
+    """Run a command; what the user can mend ends in its message on stderr and 2, Ctrl-C in 130, SIGTERM in 143."""
     for known in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=known)
     try:
-        return command()
+        with stoppable():
+            return command()
     except UnfedError as e:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -37,8 +40,11 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return USER_ERROR
+    except Stopped as e:
+        print(f"{e}. {e.where or GO_ON}", file=sys.stderr)
+        return e.code
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on from its last finished round with resume=true", file=sys.stderr)
+        print(f"interrupted. {GO_ON}", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unfed.config.schema import RunConfig
 
 FAILED = 1
+COMPLETED = "FINISHED:COMPLETED"
 KIT = "UNFED_KIT"
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 60.0
@@ -164,6 +165,7 @@ def _run_of(argv: Sequence[str], config_name: str) -> RunConfig:
 def _follow(opened: Any, job: str) -> int:
     """Print what the job says until it ends."""
     from unfed.app.nvflare_app import said_by
+    from unfed.app.runs import SAVED
 
     shown = 0
     while True:
@@ -173,8 +175,10 @@ def _follow(opened: Any, job: str) -> int:
             print(line, flush=True)
         shown = max(shown, len(lines))
         if status.startswith("FINISHED"):
-            print(f"job {job}: {status}", flush=True)
-            return 0 if status == "FINISHED:COMPLETED" else FAILED
+            # NVFlare calls a job abnormal whose site was lost on the way, also where the rounds went on without it.
+            lost = status != COMPLETED and any(line.startswith(SAVED) for line in lines)
+            print(f"job {job}: {status}" + lost * ", but the run is finished: a site was lost on the way", flush=True)
+            return 0 if lost or status == COMPLETED else FAILED
         time.sleep(POLL_SECONDS)
 
 

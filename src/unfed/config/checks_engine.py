@@ -21,6 +21,8 @@ def engine_settings(config: RunConfig) -> Iterator[str]:
     engine = config.engine
     if engine.keep_checkpoints < 1:
         yield f"engine.keep_checkpoints={engine.keep_checkpoints}: must be at least 1"
+    if engine.keep_every is not None and engine.keep_every < 1:
+        yield f"engine.keep_every={engine.keep_every}: must be at least 1, or null for none but the last"
     for key in ("timeout", "ping", "rate"):
         value = getattr(engine, key)
         if not 0 < value < math.inf:

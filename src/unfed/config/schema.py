@@ -51,9 +51,8 @@ class MethodArgs:
     """``trainer.method_args``: the shape of a federated run.
 
     ``target_client_idx``: an index, or ``all`` for every client that owns forget rows; ``None``: ``all`` where
-    ``forget.*`` says what to forget, else 0. ``unlearn_trainer_cls``,
-    ``aggregation_strategy`` and ``schedule`` name the method, the aggregator and the recipe as ``method=``,
-    ``aggregator=`` and ``recipe=`` do.
+    ``forget.*`` says what to forget, else 0. ``unlearn_trainer_cls``, ``aggregation_strategy`` and ``schedule`` name
+    the method, the aggregator and the recipe as ``method=``, ``aggregator=`` and ``recipe=`` do.
     Local epochs of one round are ``trainer.args.num_train_epochs``; ``unlearn_epochs`` are the target's own.
     """
 
@@ -175,14 +174,15 @@ class PersonaliseConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Where clients work. Of ``nvflare``: ``timeout`` are the seconds that a site may take for its part of a round,
-    ``ping`` those that it may leave a question unanswered, ``misses`` how often in a row, ``rate`` the bytes a second
-    that a connection carries at least. ``same_versions``: a site with another release of a package that decides numbers
-    is refused."""
+    """Where clients work. The last ``keep_checkpoints`` rounds stay on disk and each ``keep_every``-th. Of ``nvflare``:
+    ``timeout`` are the seconds that a site may take for its part of a round, ``ping`` those that it may leave a
+    question unanswered, ``misses`` how often in a row, ``rate`` the bytes a second that a connection carries at least.
+    ``same_versions``: a site with another release of a package that decides numbers is refused."""
 
     __pydantic_config__: ClassVar[Any] = STRICT
     name: Literal["inprocess", "nvflare"] = "inprocess"
     keep_checkpoints: int = 2
+    keep_every: int | None = None
     timeout: float = 3600.0
     ping: float = 3.0
     misses: int = 2

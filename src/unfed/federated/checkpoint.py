@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shutil
@@ -60,12 +61,13 @@ class RoundRecord:
 
 
 class Checkpoints:
-    """The rounds of one run under ``directory/checkpoints``; the last ``keep`` stay."""
+    """The rounds of one run under ``directory/checkpoints``; the last ``keep`` stay, and each ``every``-th (``None``:
+    no other)."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], keep: int = 2) -> None:
+    def __init__(self, directory: Path, config: Mapping[str, Any], keep: int = 2, every: int | None = None) -> None:
         self._root = directory / "checkpoints"
         self._config = dict(config)
-        self._keep = max(1, keep)
+        self._keep, self._every = max(1, keep), every
 
     def save(self, state: ServerState, records: list[RoundRecord]) -> None:
         """Write ``state`` (after ``state.round`` rounds) and all records so far."""
@@ -86,7 +88,8 @@ class Checkpoints:
         # Later rounds are of a run that could not be resumed: they would push out the rounds of this one.
         own = f"round_{state.round:05d}"
         rounds = self._rounds()
-        kept = [d for d in rounds if d.name <= own][-self._keep :]
+        here = [d for d in rounds if d.name <= own]
+        kept = here[-self._keep :] + [d for d in here if self._every and number_of(d) % self._every == 0]
         for old in rounds:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
@@ -94,6 +97,15 @@ class Checkpoints:
     def exist(self) -> bool:
         """Whether any round was saved."""
         return bool(self._rounds())
+
+    def finished(self) -> int:
+        """How many rounds the newest whole checkpoint has; 0 where there is none. Tensors are not read."""
+        for directory in reversed(self._rounds()):
+            with contextlib.suppress(ArtifactError, KeyError, OSError):
+                files = _manifest(directory)["files"]
+                if all(digest_file(directory / name) == digest for name, digest in files.items()):
+                    return number_of(directory)
+        return 0
 
     def latest(self) -> tuple[ServerState, list[RoundRecord]] | None:
         """The newest whole checkpoint; a truncated or altered one is passed over with a warning.
@@ -154,6 +166,11 @@ class Checkpoints:
             raise ArtifactError(f"{directory / 'state.json'}: a round's record cannot be read ({e})") from e
         residual = read_tensors(directory / RESIDUAL_FILE) if RESIDUAL_FILE in files else None
         return ServerState(number, read_tensors(directory / "adapter.safetensors"), slots, residual), records
+
+
+def number_of(directory: Path) -> int:
+    """The round of a checkpoint's directory."""
+    return int(directory.name[-5:])
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from unfed.base.artifacts import (
     write_sealed,
     write_tensors,
 )
-from unfed.base.errors import ArtifactError
+from unfed.base.errors import ArtifactError, WriteError
 from unfed.base.types import AdapterState, ServerState
 from unfed.federated.checkpoint import RESIDUAL_FILE
 
@@ -188,7 +188,7 @@ def private_dir(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.chmod(0o700)
     except OSError as e:
-        raise ArtifactError(f"cannot write to {path}: {e.strerror or e}") from e
+        raise WriteError(f"cannot write to {path}: {e.strerror or e}") from e
 
 
 def write_private(path: Path, state: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from unfed.aggregation.base import Aggregator
+from unfed.base.stopping import whole
 from unfed.base.types import SERVER, Broadcast, ClientFailure, ClientUpdate, Combined, ServerState
 from unfed.federated.checkpoint import Checkpoints, RoundRecord
 from unfed.federated.history_writer import HistoryWriter
@@ -60,7 +61,8 @@ def run_rounds(
     """Run the schedule from ``state.round`` on and return the last state.
 
     After every round the state is checkpointed, so a run that was killed goes on from there to the same bytes:
-    every seed is derived from (seed, round, client), and clients are averaged in the order of their names.
+    every seed is derived from (seed, round, client), and clients are averaged in the order of their names. A signal
+    that ends the run waits until the round that has just ended is kept.
     Raises ``UnfedError`` when a round keeps fewer than ``min_clients`` usable updates; what was saved stays.
     """
     for task in schedule.tasks(state.round):
@@ -100,10 +102,11 @@ def run_rounds(
             notes=combined.notes,
             simulated_seconds=turnout.length(config.participation.conditions, screening.metrics),
         )
-        keep.records.append(record)
-        if keep.history is not None:
-            keep.history.end_round(state, combined.client_ids)
-        keep.save(state)
+        with whole():
+            keep.records.append(record)
+            if keep.history is not None:
+                keep.history.end_round(state, combined.client_ids)
+            keep.save(state)
         keep.listener.round_ended(record, state)
     return state
 

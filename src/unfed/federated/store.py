@@ -6,7 +6,8 @@ It is kept by round, so that a run which resumes at an earlier round finds what 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -28,8 +29,9 @@ def client_dir(client_id: str) -> str:
 class ClientStore:
     """Adapters of clients by kind and round: in memory, or, with a directory, as files that their owner alone may read.
 
-    ``keep``: entries of a client and kind that stay; a run that resumes goes back by one round less at most.
-    ``before``: what a client has of a kind (client, kind) before it has put anything.
+    ``keep``: entries of a client and kind that stay; a run that resumes goes back by one round less at most, or to the
+    end of an ``every``-th round (``None``: to no other), so what the client had then stays as well. ``before``: what a
+    client has of a kind (client, kind) before it has put anything.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class ClientStore:
         directory: Path | None = None,
         keep: int = 3,
         before: Callable[[str, str], AdapterState | None] = lambda client_id, kind: None,
+        every: int | None = None,
     ) -> None:
         self._root = None if directory is None else directory / CLIENTS_DIR
-        self._keep = max(2, keep)
+        self._keep, self._every = max(2, keep), every
         self._before = before
         self._held: dict[tuple[str, str], dict[int, AdapterState]] = {}
 
@@ -58,8 +61,8 @@ class ClientStore:
         if self._root is None:
             held = self._held.setdefault((client_id, kind), {})
             held[round_] = state
-            for old in [n for n in held if n > round_] + sorted(held)[: -self._keep]:
-                held.pop(old, None)
+            for old in held.keys() - self._staying(held, round_):
+                del held[old]
             return
         place = self._place(client_id, kind)
         private_dir(self._root)
@@ -67,8 +70,15 @@ class ClientStore:
         private_dir(place)
         write_private(place / f"round_{round_:05d}.safetensors", state)
         there = dict(self._files(place))
-        for old in [n for n in there if n > round_] + sorted(there)[: -self._keep]:
+        for old in there.keys() - self._staying(there, round_):
             there[old].unlink(missing_ok=True)
+
+    def _staying(self, rounds: Iterable[int], now: int) -> set[int]:
+        """Of the rounds of entries, those that a run may still ask for after round ``now``."""
+        known = sorted(n for n in rounds if n <= now)
+        ends = range(self._every, now + 2, self._every) if self._every else ()
+        before = [bisect_left(known, end) for end in ends]  # the newest entry that was there by then
+        return {*known[-self._keep :], *(known[n - 1] for n in before if n)}
 
     def _place(self, client_id: str, kind: str) -> Path:
         assert self._root is not None

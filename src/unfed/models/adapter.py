@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unfed.base.artifacts import atomic_dir, atomic_path
-from unfed.base.errors import AdapterError, ArtifactError
+from unfed.base.errors import AdapterError, WriteError
 from unfed.base.types import AdapterState
 from unfed.models.residual import with_residual
 from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -189,7 +189,7 @@ def save_adapter(model: nn.Module, state: AdapterState, directory: Path) -> None
             file.replace(directory / file.name)
         export.rmdir()
     except OSError as e:
-        raise ArtifactError(f"cannot write the model to {directory}: {e.strerror or e}") from e
+        raise WriteError(f"cannot write the model to {directory}: {e.strerror or e}") from e
 
 
 def _adapter_options(model: nn.Module) -> dict[str, Any]:
