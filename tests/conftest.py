@@ -17,6 +17,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from network_fixtures import network  # noqa: F401 - a fixture
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
