@@ -167,6 +167,7 @@ def update_message(update: ClientUpdate) -> Message:
         "num_examples": update.num_examples,
         "metrics": dict(update.metrics),
         "nbytes": update.nbytes,
+        "nbytes_down": update.nbytes_down,
     }
     control = {} if update.control is None else {"control": update.control}
     return Message(head, {"adapter": update.adapter, **control})
@@ -181,8 +182,9 @@ def read_update(message: Message, client_id: str) -> ClientUpdate:
     metrics = message.get("metrics", dict)
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
         raise MessageError("the answer's metrics hold something else than numbers")
-    count, nbytes = message.get("num_examples", int), message.get("nbytes", (int, type(None)))
-    return ClientUpdate(client_id, message.states["adapter"], count, metrics, nbytes, message.states.get("control"))
+    count = message.get("num_examples", int)
+    up, down = (message.get(key, (int, type(None))) for key in ("nbytes", "nbytes_down"))
+    return ClientUpdate(client_id, message.states["adapter"], count, metrics, up, message.states.get("control"), down)
 
 
 def write_frame(stream: BinaryIO, data: bytes) -> None:
