@@ -55,14 +55,15 @@ class Message:
         return sum(state.nbytes for state in self.states.values())
 
     def parts(self) -> Iterator[bytes]:
-        """The message's bytes, a tensor at a time."""
+        """The message's bytes, at most a tensor at a time."""
         states = [[name, len(state)] for name, state in self.states.items()]
         text = json.dumps({"head": self.head, "states": states}, allow_nan=False).encode()
         yield _LENGTH.pack(len(text)) + text
         for state in self.states.values():
             for name, tensor in state.items():
                 blob = safetensors.torch.save({name: tensor.contiguous()})
-                yield _LENGTH.pack(len(blob)) + blob
+                yield _LENGTH.pack(len(blob))
+                yield blob
 
     def pack(self) -> bytes:
         """The message as one ``bytes``."""

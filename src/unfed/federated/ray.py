@@ -11,8 +11,11 @@ import itertools
 import logging
 import math
 import os
+import secrets
 import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +25,18 @@ from typing import Any, Protocol
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported, and by what it starts
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without a GPU sees none; silences a notice
 
+import numpy as np
 import ray  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 
 from unfed.base.errors import UnfedError
+from unfed.federated.child import end_with_parent
 from unfed.federated.messages import Message
 from unfed.federated.pool import WorkerDiedError
 
 LARGEST = 1 << 62
 """Bytes of a message that are read at most: within a trusted cluster, any."""
-LOOPBACK = "127.0.0.1"
+SECONDS_TO_CONNECT = 10.0
 SHARE_OF_MEMORY, LEAST_STORE = 0.3, 128 * 2**20
 """Of the machine's memory, what Ray's object store gets at most; bytes that it gets at least."""
 
@@ -102,14 +107,17 @@ def _begin(place: Place, own: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if place.address is not None:
+            _knock(place.address)
             ray.init(address=place.address, **quiet)
             return
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            # Ray listens on every address of the machine, and asks for a token: else for one in the user's home.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",
             num_cpus=max(place.workers or 1, _gpus_here()),
             include_dashboard=False,
             object_store_memory=_store(place.memory),
-            _node_ip_address=LOOPBACK,  # Ray asks nobody who he is: other machines are not to reach it
             _temp_dir=own,
             **quiet,
         )
@@ -118,6 +126,13 @@ def _begin(place: Place, own: str) -> None:
         if place.address is None:
             raise UnfedError(f"engine=ray: Ray cannot be started here: {why}") from e
         raise UnfedError(f"engine.address={place.address}: no Ray cluster could be reached there: {why}") from e
+
+
+def _knock(address: str) -> None:
+    """``OSError`` where nobody listens: Ray would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if host:
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS_TO_CONNECT).close()
 
 
 def _gpus_here() -> int:
@@ -136,22 +151,46 @@ def _sized(place: Place) -> tuple[int, float]:
     return place.sized(there.get("GPU", 0.0), there.get("CPU", 0.0))
 
 
-class _Actor:
+def _packed(message: Message) -> np.ndarray:
+    """A message's bytes ``(n,)``, uint8: of an array Ray makes no copy when it is read."""
+    return np.frombuffer(message.pack(), dtype=np.uint8)
+
+
+class _Bytes:
+    """An array's bytes as a stream, which copies no more than is read."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._view, self._at = array.data, 0
+
+    def read(self, size: int) -> bytes:
+        """The next ``size`` bytes, or what is left."""
+        self._at += size
+        return bytes(self._view[self._at - size : self._at])
+
+
+def _unpacked(array: np.ndarray) -> Message:
+    stream: Any = _Bytes(array)
+    return Message.read(stream, LARGEST)
+
+
+class UnfedWorker:
     """A worker's process."""
 
-    def __init__(self, opener: Opener, opening: bytes) -> None:
-        self._worker = opener(Message.unpack(opening, LARGEST))
+    def __init__(self, opener: Opener, opening: np.ndarray) -> None:
+        # Ray's own watch over a killed cluster does not reach a worker that trains.
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+        self._worker = opener(_unpacked(opening))
         self._shared = (-1, Message({}))
 
-    def told(self) -> tuple[bool, bytes]:
+    def told(self) -> tuple[bool, np.ndarray]:
         """What the worker tells of itself."""
-        return True, self._worker.told.pack()
+        return True, _packed(self._worker.told)
 
-    def do(self, data: bytes, number: int, shared: Sequence[Any]) -> tuple[bool, bytes]:
+    def do(self, data: np.ndarray, number: int, shared: Sequence[Any]) -> tuple[bool, np.ndarray]:
         """The answer to a message; ``shared``: what it has in common with others of the same ``number``."""
         if self._shared[0] != number:
-            self._shared = (number, Message.unpack(ray.get(shared[0]), LARGEST))
-        return True, self._worker.answer(Message.unpack(data, LARGEST), self._shared[1]).pack()
+            self._shared = (number, _unpacked(ray.get(shared[0])))
+        return True, _packed(self._worker.answer(_unpacked(data), self._shared[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +207,9 @@ class RayPool:
 
     def __init__(self, workers: int, gpus: float, opener: Opener, opening: Message) -> None:
         self.size = workers
-        self._opener, self._opening = opener, ray.put(opening.pack())
+        self._opener, self._opening = opener, ray.put(_packed(opening))
         options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        self._class = ray.remote(_Actor).options(**options)
+        self._class = ray.remote(UnfedWorker).options(**options)
         self._actors: dict[int, Any] = {}
         self._numbers = itertools.count()
 
@@ -183,13 +222,13 @@ class RayPool:
 
     def share(self, message: Message) -> tuple[int, Any]:
         """See the protocol."""
-        return next(self._numbers), ray.put(message.pack())
+        return next(self._numbers), ray.put(_packed(message))
 
     def begin(self, worker: int, message: Message, shared: tuple[int, Any]) -> _Ticket:
         """See the protocol."""
         number, common = shared
         # In a list: the worker fetches it once a round, not for each of its clients.
-        return _Ticket(*self._actors[worker].do.options(num_returns=2).remote(message.pack(), number, [common]))
+        return _Ticket(*self._actors[worker].do.options(num_returns=2).remote(_packed(message), number, [common]))
 
     def wait(self, handles: Sequence[Any], seconds: float) -> _Ticket | None:
         """See the protocol."""
@@ -202,7 +241,7 @@ class RayPool:
 
     def answer(self, handle: Any) -> Message:
         """See the protocol."""
-        return Message.unpack(_got(handle.answer), LARGEST)
+        return _unpacked(_got(handle.answer))
 
     def close(self) -> None:
         """End every worker."""
