@@ -20,7 +20,11 @@ GUIDES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
 SHELL = {"bash", "sh", "shell", "console"}
 EXTRAS = {"flash_attn", "bitsandbytes", "deepspeed", "nvflare", "ray", "lm_eval", "evaluate", "optuna"}
 # Modules that other programs import: their decorators are needed at once, and nothing else imports them so.
-BORDERS = {"src/unfed/federated/nvflare.py": "nvflare", "src/unfed/app/nvflare_app.py": "nvflare"}
+BORDERS = {
+    "src/unfed/federated/nvflare.py": "nvflare",
+    "src/unfed/app/nvflare_app.py": "nvflare",
+    "src/unfed/federated/ray.py": "ray",
+}
 # Parts of a named library that it pins itself.
 PARTS = {"pydantic_core": "pydantic"}
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

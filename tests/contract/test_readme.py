@@ -29,6 +29,7 @@ PAIRS = {
     "docs/evaluation.md": "docs/evaluation.zh-CN.md",
     "docs/sweeps.md": "docs/sweeps.zh-CN.md",
     "docs/clients.md": "docs/clients.zh-CN.md",
+    "docs/engines.md": "docs/engines.zh-CN.md",
     "docs/network.md": "docs/network.zh-CN.md",
     "docs/privacy.md": "docs/privacy.zh-CN.md",
     "docs/robust.md": "docs/robust.zh-CN.md",
@@ -147,7 +148,17 @@ def test_every_command_about_a_network_is_one_and_what_is_submitted_composes():
             named = ["--config-name=train-lora.yaml", *(w for w in words if w.startswith("--config-name="))]
             overrides = [w for w in words[3:] if w not in {"--kit", "KIT", *named}]
             submitted.append(compat.resolve([named[-1], "engine=nvflare", *overrides], "train-lora.yaml").mode)
-    assert submitted == ["finetune", "unlearn", *["finetune", "unlearn", "finetune"] * 2]
+    assert submitted == ["finetune", "unlearn"] * 5
+
+
+def test_every_command_about_engines_composes_and_every_setting_is_explained():
+    found = [compat.resolve(list(w[2:]), p.config) for w in commands("docs/engines.md") if (p := program_of(w))]
+    assert [(c.mode, c.engine.name, c.engine.workers) for c in found] == [
+        ("finetune", "ray", None), ("unlearn", "ray", 2), ("finetune", "ray", 8),
+    ]  # fmt: skip
+    assert rows("docs/engines.md", "name").keys() == {f.stem for f in (REPO / "configs" / "engine").glob("*.yaml")}
+    explained = {key.removeprefix("engine.") for key in rows("docs/engines.md", "setting")}
+    assert explained == read("engine", "ray").keys() - {"name", "keep_checkpoints", "keep_every", "same_versions"}
 
 
 def test_every_command_about_methods_composes_and_every_method_has_a_section():

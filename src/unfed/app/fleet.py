@@ -81,7 +81,12 @@ HERE: Final = Fleet()
 
 
 def fleet_of(config: RunConfig) -> Fleet:
-    """The fleet of an engine that a run starts by itself. ``ConfigError``: one that has to be there before."""
+    """The fleet of an engine that a run starts by itself. ``ConfigError``: one that has to be there before;
+    ``UnfedError``: one that is not installed."""
     if config.engine.name == "nvflare":
         raise ConfigError(["engine=nvflare: a run over a network is started by unfed network submit"])
+    if config.engine.name == "ray":
+        from unfed.app.ray_fleet import RayFleet
+
+        return RayFleet()
     return HERE

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from unfed.app import build
+from unfed.app.agreement import refuse_other_base, refuse_other_versions
 from unfed.app.fleet import Fleet, Mission
 from unfed.app.progress import say
-from unfed.app.rundir import PARTITION_FILE, plain, versions
+from unfed.app.rundir import PARTITION_FILE, plain
 from unfed.app.tasks import task_message
 from unfed.app.wire import ServerEnd, wire_of
 from unfed.base.artifacts import digest_json
@@ -28,8 +29,6 @@ from unfed.models.adapter import ADAPTER_NAME
 from unfed.models.digest import base_facts
 from unfed.models.load import LoadedModel
 
-DECISIVE = ("unfed", "torch", "transformers", "peft", "accelerate")
-"""Packages whose release decides numbers."""
 NOT_FOR_SITES = ("report_to", "run_name", "logging_steps", "output_dir", "eval_strategy")
 _SPLITS = ("train", "forget", "retain")
 
@@ -81,9 +80,7 @@ class NetworkFleet(Fleet):
             raise UnfedError(f"num_clients={asked}, and {len(self._sites)} sites take part: {there}")
         self._remote = Remote(self._link, task_message, patience_of(config))
         told = self._ask({site: Message({"do": "describe", "config": for_sites(config)}) for site in self._sites})
-        _refuse_other_versions(
-            {s: m.get("versions", dict) for s, m in told.items()}, strict=config.engine.same_versions
-        )
+        refuse_other_versions({s: m.get("versions", dict) for s, m in told.items()}, strict=config.engine.same_versions)
         self._rows = {site: _ids(message) for site, message in told.items()}
         _refuse_twice(self._rows)
         if config.trainer is not None and config.trainer.method_args.target_client_idx is None:
@@ -163,7 +160,7 @@ class NetworkFleet(Fleet):
         self._remote = Remote(self._link, end.encode, patience_of(mission.config), end.decode)
         here = base_facts(mission.loaded.model, mission.loaded.tokenizer)
         for site, message in self._ask(messages).items():
-            _refuse_other_base(site, message.get("base", dict), here)
+            refuse_other_base(site, message.get("base", dict), here)
         self._open = list(messages)
         yield self._remote
 
@@ -215,26 +212,6 @@ def _refuse_twice(rows: Mapping[str, Mapping[str, list[str]]]) -> None:
                 f"{len(twice)} rows of {site} are at {home[twice[0]]} as well (the first: {twice[0]}), and a row has "
                 "one owner: take them out at one of the two"
             )
-
-
-def _refuse_other_versions(told: Mapping[str, Mapping[str, Any]], *, strict: bool) -> None:
-    here = versions()
-    found = [
-        f"{site} has {package} {there.get(package)} and the server {here[package]}"
-        for site, there in told.items()
-        for package in DECISIVE
-        if package in here and str(there.get(package)).partition("+")[0] != here[package].partition("+")[0]
-    ]
-    if found and strict:
-        raise UnfedError("; ".join(found) + ". Install the same releases, or set engine.same_versions=false")
-    for line in found:
-        say(f"WARNING: {line}")
-
-
-def _refuse_other_base(site: str, there: Mapping[str, Any], here: Mapping[str, str]) -> None:
-    other = [f"its {what}: {there.get(what)}, the server's: {d}" for what, d in here.items() if there.get(what) != d]
-    if other:
-        raise UnfedError(f"{site} has another base model than the server: {'; '.join(other)}")
 
 
 def _model(mission: Mission) -> dict[str, Any]:

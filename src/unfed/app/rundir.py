@@ -42,12 +42,13 @@ def plain(value: Any) -> Any:
 
 def training_identity(config: RunConfig) -> dict[str, Any]:
     """What two runs must share for one to resume the other: all but where to, how to report, and what comes after the
-    last round (evaluation, the clients' own adapters)."""
+    last round (evaluation, the clients' own adapters). Workers and their number change nothing."""
     identity = plain(config)
     for key in ("resume", "overwrite", "eval", "paths", "task_name", "oracle", "personalise"):
         identity.pop(key)
-    for key in ("keep_checkpoints", "keep_every"):
-        identity["engine"].pop(key)
+    engine = identity.pop("engine")
+    if engine["name"] == "nvflare":  # whose sites keep their own tensors
+        identity["engine"] = {"name": "nvflare"}
     for key in ("report_to", "run_name", "logging_steps", "dataloader_num_workers", "eval_strategy"):
         (identity.get("trainer") or {}).get("args", {}).pop(key, None)
     return identity

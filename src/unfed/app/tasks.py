@@ -31,6 +31,13 @@ _STATE = "state"
 
 def task_message(task: FitTask, broadcast: Broadcast, client_id: str, packed: bytes | None = None) -> Message:
     """What ``client_id`` has to know for its part of ``task``. ``packed``: see :func:`broadcast_message`."""
+    head, states = work_of(task, client_id)
+    message = broadcast_message(head, broadcast, client_id, packed)
+    return Message(message.head, {**message.states, **states})
+
+
+def work_of(task: FitTask, client_id: str) -> tuple[dict[str, Any], dict[str, AdapterState]]:
+    """What ``client_id`` is to do in ``task``, as a message's head, and the adapters that its work names."""
     phase, states = task.phase, {}
     work = _plain(phase.work[client_id], states)
     head = {
@@ -41,8 +48,16 @@ def task_message(task: FitTask, broadcast: Broadcast, client_id: str, packed: by
         "phase_round": task.phase_round,
         "work": work,
     }
-    message = broadcast_message(head, broadcast, client_id, packed)
-    return Message(message.head, {**message.states, **states})
+    return head, states
+
+
+def read_work(message: Message, client_id: str) -> FitTask:
+    """The task of :func:`work_of`. Raises what :func:`read_task` raises."""
+    number, rounds, phase_round = (message.get(key, int) for key in ("round", "rounds", "phase_round"))
+    work = _made(message.get("work", dict), message.states)
+    if not isinstance(work, Work) or not 0 <= phase_round < rounds:
+        raise MessageError("the message is no task")
+    return FitTask(Phase(message.get("phase", str), rounds, {client_id: work}), number, phase_round)
 
 
 def read_task(message: Message, opened: AdapterState) -> tuple[FitTask, Broadcast, str]:
@@ -51,12 +66,7 @@ def read_task(message: Message, opened: AdapterState) -> tuple[FitTask, Broadcas
     Raises ``MessageError`` for a message that is no task, and ``ConfigError`` for a hyperparameter out of its limits.
     """
     client, broadcast = read_broadcast(message, opened)
-    number, rounds, phase_round = (message.get(key, int) for key in ("round", "rounds", "phase_round"))
-    work = _made(message.get("work", dict), message.states)
-    if not isinstance(work, Work) or not 0 <= phase_round < rounds:
-        raise MessageError("the message is no task")
-    phase = Phase(message.get("phase", str), rounds, {client: work})
-    return FitTask(phase, number, phase_round), broadcast, client
+    return read_work(message, client), broadcast, client
 
 
 def _plain(value: Any, states: dict[str, AdapterState]) -> Any:

@@ -23,15 +23,19 @@ def wire_of(config: RunConfig) -> Wire:
     return Float32() if config.wire is None else build_wire(config.wire.name, config.wire.params)
 
 
-def over_wire(config: RunConfig, fit: Fit) -> Fit:
-    """``fit`` with the run's wire around it; what the clients keep lies in the run's directory."""
+def wire_store(config: RunConfig) -> ClientStore:
+    """Where the clients keep what a wire lost: in the run's directory. A run may resume at any checkpoint that is kept,
+    and needs what the clients had then."""
+    engine, place = config.engine, Path(config.paths.output_dir)
+    return ClientStore(place, engine.keep_checkpoints + 1, every=engine.keep_every)
+
+
+def over_wire(config: RunConfig, fit: Fit, store: ClientStore | None = None) -> Fit:
+    """``fit`` with the run's wire around it. ``store``: what the clients keep of it (``None``: :func:`wire_store`)."""
     wire = wire_of(config)
     if wire.as_it_is:
         return fit
-    # A run may resume at any checkpoint that is kept, and needs what the clients had then.
-    engine, place = config.engine, Path(config.paths.output_dir)
-    store = ClientStore(place, engine.keep_checkpoints + 1, every=engine.keep_every)
-    return Wired(fit, ClientEnd(wire, store, config.seed))
+    return Wired(fit, ClientEnd(wire, wire_store(config) if store is None else store, config.seed))
 
 
 def client_end(config: RunConfig, store: ClientStore) -> ClientEnd | None:

@@ -1,4 +1,5 @@
-"""Settings of an engine, and what cannot be done where the clients' rows are on other machines."""
+"""Settings of an engine, and what cannot be done where the clients' rows are on other machines (``nvflare``). Workers
+(``ray``) do all that one process does."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ NOT_OVER_A_NETWORK = {
 
 
 def engine_settings(config: RunConfig) -> Iterator[str]:
-    """Numbers out of their limits; for ``nvflare``, what needs the rows at the server."""
+    """Numbers out of their limits, settings of another engine; for ``nvflare``, what needs the rows at the server."""
     engine = config.engine
     if engine.keep_checkpoints < 1:
         yield f"engine.keep_checkpoints={engine.keep_checkpoints}: must be at least 1"
@@ -29,8 +30,35 @@ def engine_settings(config: RunConfig) -> Iterator[str]:
             yield f"engine.{key}={value:g}: must be above 0, and finite"
     if engine.misses < 1:
         yield f"engine.misses={engine.misses}: must be at least 1"
+    yield from _workers(config)
     if engine.name == "nvflare":
         yield from _network(config)
+
+
+def _workers(config: RunConfig) -> Iterator[str]:
+    engine, key = config.engine, "engine=ray"
+    if engine.name != "ray":
+        for name in ("workers", "gpus_per_worker", "threads", "address"):
+            if (value := getattr(engine, name)) is not None:
+                yield f"engine.{name}={value}: is a setting of {key}, and this run has engine={engine.name}"
+        return
+    for name in ("workers", "threads"):
+        if (value := getattr(engine, name)) is not None and value < 1:
+            yield f"engine.{name}={value}: must be at least 1"
+    if (gpus := engine.gpus_per_worker) is not None and not (0 <= gpus <= 1 or (gpus < math.inf and gpus % 1 == 0)):
+        yield f"engine.gpus_per_worker={gpus:g}: must be between 0 and 1, or a whole number"
+    if (address := engine.address) is not None and address != "auto" and not _host_and_port(address):
+        yield (
+            f"engine.address={address}: must be auto, or HOST:PORT of a Ray cluster whose machine this is part of (Ray "
+            "Client's ray:// is not supported); leave it out to start one here"
+        )
+    if config.mode == "eval" or config.trainer is None or config.trainer.handler not in FEDERATED_TRAINERS:
+        yield f"{key}: deals clients to workers; evaluate, and train in one place, with engine=inprocess"
+
+
+def _host_and_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and "://" not in address and port.isdecimal() and 0 < int(port) < 2**16
 
 
 def _network(config: RunConfig) -> Iterator[str]:

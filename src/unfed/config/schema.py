@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from unfed.base.params import STRICT
 from unfed.config.schema_clients import ClientsConfig
+from unfed.config.schema_engine import EngineConfig
 from unfed.config.schema_eval import EvalConfig
 from unfed.data.spec import DatasetSpec as DatasetConfig
 from unfed.data.spec import Template as TemplateArgs
@@ -170,24 +171,6 @@ class PersonaliseConfig:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     epochs: float = 0.0
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Where clients work. The last ``keep_checkpoints`` rounds stay on disk and each ``keep_every``-th. Of ``nvflare``:
-    ``timeout`` are the seconds that a site may take for its part of a round, ``ping`` those that it may leave a
-    question unanswered, ``misses`` how often in a row, ``rate`` the bytes a second that a connection carries at least.
-    ``same_versions``: a site with another release of a package that decides numbers is refused."""
-
-    __pydantic_config__: ClassVar[Any] = STRICT
-    name: Literal["inprocess", "nvflare"] = "inprocess"
-    keep_checkpoints: int = 2
-    keep_every: int | None = None
-    timeout: float = 3600.0
-    ping: float = 3.0
-    misses: int = 2
-    rate: float = 1e6
-    same_versions: bool = True
 
 
 @dataclass(frozen=True)

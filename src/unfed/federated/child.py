@@ -95,8 +95,8 @@ def _how(process: subprocess.Popen[bytes]) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _end_with_parent(parent: int) -> None:
-    """A child whose parent was killed in the middle of its work has nobody to work for."""
+def end_with_parent(parent: int) -> None:
+    """End this process when ``parent`` does, which may be killed in the middle of its work; to be run in a thread."""
     while os.getppid() == parent:
         time.sleep(2.0)
     os._exit(1)
@@ -105,7 +105,7 @@ def _end_with_parent(parent: int) -> None:
 def serve(answer: Callable[[Message], Message]) -> None:
     """The child's side: answer messages until the parent closes the pipe. ``answer`` raises nothing."""
     parent = int(os.environ.get(PARENT, os.getppid()))
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     # The pipe is kept apart from what libraries print.
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -59,14 +59,15 @@ class Message:
         return sum(state.nbytes for state in self.states.values())
 
     def parts(self) -> Iterator[bytes]:
-        """The message's bytes, a tensor at a time."""
+        """The message's bytes, at most a tensor at a time."""
         states = [[name, len(state)] for name, state in self.states.items()]
         text = json.dumps({"head": self.head, "states": states}, allow_nan=False).encode()
         yield _LENGTH.pack(len(text)) + text
         for state in self.states.values():
             for name, tensor in state.items():
                 blob = safetensors.torch.save({name: tensor.contiguous()})
-                yield _LENGTH.pack(len(blob)) + blob
+                yield _LENGTH.pack(len(blob))
+                yield blob
 
     def pack(self) -> bytes:
         """The message as one ``bytes``."""
@@ -201,6 +202,7 @@ def update_message(update: ClientUpdate, packed: bytes | None = None) -> Message
         "num_examples": update.num_examples,
         "metrics": dict(update.metrics),
         "nbytes": update.nbytes,
+        "nbytes_down": update.nbytes_down,
     }
     control = {} if update.control is None else {"control": update.control}
     return Message(head, {**({"adapter": update.adapter} if packed is None else {UP: _as_state(packed)}), **control})
@@ -218,9 +220,10 @@ def read_update(message: Message, client_id: str) -> ClientUpdate:
     metrics = message.get("metrics", dict)
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
         raise MessageError("the answer's metrics hold something else than numbers")
-    count, nbytes = message.get("num_examples", int), message.get("nbytes", (int, type(None)))
+    count = message.get("num_examples", int)
+    up, down = (message.get(key, (int, type(None))) for key in ("nbytes", "nbytes_down"))
     adapter, control = message.states.get("adapter", AdapterState({})), message.states.get("control")
-    return ClientUpdate(client_id, adapter, count, metrics, nbytes, control)
+    return ClientUpdate(client_id, adapter, count, metrics, up, control, down)
 
 
 def packed_change(message: Message) -> bytes | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -93,6 +93,32 @@ class ClientStore:
         if self._root is None:
             return {n: partial(_same, s) for n, s in self._held.get((client_id, kind), {}).items()}
         return {n: partial(read_tensors, f) for n, f in self._files(self._place(client_id, kind))}
+
+
+class Carried(ClientStore):
+    """What one client has for one task, where its store is on another machine: brought with the task, and taken back.
+
+    ``taken``: what is to be taken back, by kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._brought: Mapping[str, AdapterState] = {}
+        self.taken: dict[str, AdapterState] = {}
+
+    def bring(self, kept: Mapping[str, AdapterState]) -> None:
+        """What the next client has, by kind; nothing of the one before is left."""
+        self._brought, self.taken = kept, {}
+
+    def get(self, client_id: str, kind: str, round_: int, since: int = 0) -> AdapterState | None:
+        """What was brought."""
+        del client_id, round_, since
+        return self._brought.get(kind)
+
+    def put(self, client_id: str, kind: str, round_: int, state: AdapterState) -> None:
+        """See :class:`Carried`."""
+        del client_id, round_
+        self.taken[kind] = state
 
 
 def _same(state: AdapterState) -> AdapterState:
