@@ -197,3 +197,14 @@ def test_a_run_whose_server_is_killed_goes_on_from_its_last_round_to_the_same_ad
     manifest, here = "partition.manifest=saves/finetune/net/partition.json", "paths.data_dir=data"
     unfed("train", *TRAINING, *given, "task_name=whole", manifest, here, cwd=network.place)
     assert network.weights("finetune/long") == network.weights("finetune/whole")
+
+
+def test_a_wire_with_memory_and_control_variates_give_the_adapter_of_a_run_in_one_place(network, finetuned):
+    given = (finetuned, "forget_split=forget01", "trainer.method_args.global_rounds=3", "aggregator=Scaffold")
+    given = (*given, "wire=topk", "wire.down=bfloat16")
+    network.submit("task_name=packed", *given)
+    manifest, here = "partition.manifest=saves/finetune/packed/partition.json", "paths.data_dir=data"
+    unfed("train", *TRAINING, *given, "task_name=packed_here", manifest, here, cwd=network.place)
+    assert network.weights("finetune/packed") == network.weights("finetune/packed_here")
+    kept = {f.parent.name for f in (network.kits / "site-1" / "state").rglob("*.safetensors")}
+    assert "wire" in kept and len(kept) == 2

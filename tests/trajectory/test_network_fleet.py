@@ -258,3 +258,23 @@ def test_a_network_run_is_not_started_by_itself(small_run, tmp_path):
 def test_a_configuration_comes_back_from_plain_data(small_run, tmp_path):
     config = small_run("unlearn", tmp_path / "u", forget=ForgetConfig(clients=("west", 1)))
     assert read_config(json.loads(json.dumps(plain(config)))) == config
+
+
+def test_what_the_sites_measured_is_said_and_an_odd_answer_ends_nothing(small_run, fleet, capsys, tmp_path):
+    network, link = fleet({"west": {"tasks": ("finetune",)}})
+    begin = link.begin
+
+    def odd(client_id, message):
+        ticket = begin(client_id, message)
+        if message.head["do"] == "measure" and client_id == "south":
+            link.results[client_id] = Message({"measured": {"train": {"probability": "x"}, "forget": 3}}).pack()
+        return ticket
+
+    link.begin = odd
+    config = small_run(
+        "finetune", tmp_path / "ft", engine=NETWORK, method_args={"num_clients": None, "global_rounds": 1}
+    )
+    assert read_json(run(config, network).directory / "run.json")["status"] == "finished"
+    said = capsys.readouterr().err
+    assert "north: mean probability of its answers: train 0." in said
+    assert "south: mean probability of its answers: not told" in said and "west: mean" not in said

@@ -172,6 +172,7 @@ class NetworkFleet(Fleet):
         for site, answer in self._remote.ask((s, Message({"do": "measure"}, states)) for s in self._open):
             if isinstance(answer, Message) and isinstance(answer.head.get("measured"), dict):
                 found[site] = answer.head["measured"]
+                say(f"{site}: {_probabilities(found[site])}")
         return {"sites": found}
 
     def _ask(self, messages: Mapping[str, Message]) -> dict[str, Message]:
@@ -193,6 +194,13 @@ class NetworkFleet(Fleet):
     def _everywhere(self, ids: set[str]) -> tuple[Example, ...]:
         known = dict.fromkeys(i for own in self._rows.values() for split in _SPLITS for i in own[split])
         return tuple({"id": i} for i in known if i in ids)
+
+
+def _probabilities(measured: Mapping[str, Any]) -> str:
+    """What a site told of its rows, in words; what is no number is left out."""
+    told = {k: v.get("probability") for k, v in measured.items() if k in _SPLITS and isinstance(v, Mapping)}
+    parts = [f"{k} {v:.3f}" for k, v in told.items() if isinstance(v, float)]
+    return f"mean probability of its answers: {', '.join(parts) or 'not told'}"
 
 
 def _ids(message: Message) -> dict[str, list[str]]:
