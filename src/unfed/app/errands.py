@@ -8,7 +8,7 @@ server's process has it: nothing is kept from a worker, which is the server's ow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -80,7 +80,9 @@ def done_message(done: Done) -> Message:
     seen = [[e.loss, e.lr] for e in done.events]
     told = AdapterState({"curve": _floats(done.curve), "events": _floats(seen)})
     kept = {_KEPT + kind: state for kind, state in done.kept.items()}
-    return Message({**update.head, "steps": steps}, {**update.states, **kept, "told": told})
+    return Message(
+        {**update.head, "steps": steps, "nbytes_down": done.update.nbytes_down}, {**update.states, **kept, "told": told}
+    )
 
 
 def read_done(message: Message, client_id: str) -> Done:
@@ -94,7 +96,9 @@ def read_done(message: Message, client_id: str) -> Done:
         StepEvent(step, total, loss, lr)
         for (step, total), (loss, lr) in zip(steps, told["events"].reshape(-1, 2).tolist(), strict=True)
     ]
-    return Done(read_update(Message(message.head, own), client_id), kept, tuple(told["curve"].tolist()), events)
+    down = message.get("nbytes_down", (int, type(None)))
+    update = replace(read_update(Message(message.head, own), client_id), nbytes_down=down)
+    return Done(update, kept, tuple(told["curve"].tolist()), events)
 
 
 def _floats(values: Sequence[object]) -> torch.Tensor:

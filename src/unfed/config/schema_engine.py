@@ -10,10 +10,9 @@ from unfed.base.params import STRICT
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Where clients work. The last ``keep_checkpoints`` rounds stay on disk, and each ``keep_every``-th.
-
-    ``timeout``: the seconds that a client (of ``nvflare``: a site) may take for its part of a round. ``same_versions``:
-    a site or worker with another release of a package that decides numbers is refused.
+    """Where clients work. The last ``keep_checkpoints`` rounds stay on disk and each ``keep_every``-th. ``timeout``:
+    the seconds that a client (of ``nvflare``: a site) may take for its part of a round. ``same_versions``: a site or
+    worker with another release of a package that decides numbers is refused.
 
     Of ``nvflare``: ``ping`` are the seconds that a site may leave a question unanswered, ``misses`` how often in a row,
     ``rate`` the bytes a second that a connection carries at least.

@@ -202,7 +202,6 @@ def update_message(update: ClientUpdate, packed: bytes | None = None) -> Message
         "num_examples": update.num_examples,
         "metrics": dict(update.metrics),
         "nbytes": update.nbytes,
-        "nbytes_down": update.nbytes_down,
     }
     control = {} if update.control is None else {"control": update.control}
     return Message(head, {**({"adapter": update.adapter} if packed is None else {UP: _as_state(packed)}), **control})
@@ -220,10 +219,9 @@ def read_update(message: Message, client_id: str) -> ClientUpdate:
     metrics = message.get("metrics", dict)
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
         raise MessageError("the answer's metrics hold something else than numbers")
-    count = message.get("num_examples", int)
-    up, down = (message.get(key, (int, type(None))) for key in ("nbytes", "nbytes_down"))
+    count, nbytes = message.get("num_examples", int), message.get("nbytes", (int, type(None)))
     adapter, control = message.states.get("adapter", AdapterState({})), message.states.get("control")
-    return ClientUpdate(client_id, adapter, count, metrics, up, control, down)
+    return ClientUpdate(client_id, adapter, count, metrics, nbytes, control)
 
 
 def packed_change(message: Message) -> bytes | None:
