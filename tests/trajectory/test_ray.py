@@ -153,7 +153,7 @@ def test_nothing_of_ray_is_left_when_a_run_is_ended(place, learn, how):
     process = started(place, learn(f"ended_{how.name}", *LONG, *RAY))
     until(lambda: at_work(process.pid), process)
     there = descendants(process.pid)
-    (own,) = {word for title in there.values() for word in re.findall(r"/tmp/unfed-\w+", title)}
+    (own,) = {word for title in there.values() for word in re.findall(r"/tmp/unfed-\w+", title)}  # noqa: S108 - what Ray made
     forgotten = {p for p, title in there.items() if "Agent" in title} if how == signal.SIGKILL else set()
     assert len(forgotten) < len(there) - 3
     os.kill(process.pid, how)
