@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+from fault_fixtures import digests, story
 
-from unfed.app.rundir import RUN_FILE, run_status
+from unfed.app.rundir import run_status
 from unfed.app.runs import run
-from unfed.base.artifacts import LOCK_NAME, digest_file, read_json
+from unfed.base.artifacts import LOCK_NAME
 from unfed.base.errors import ArtifactError, UnfedError
 from unfed.config.schema import AggregatorConfig, MethodConfig, RunConfig
 
 ROUNDS = 6
-FILES = ("adapter_model.safetensors", "adapter_config.json", "partition.json", "unfed.json")
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +39,6 @@ def make(small_run, finetuned):
         return dataclasses.replace(made, **changes)
 
     return config
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {name: digest_file(directory / name) for name in FILES}
-
-
-def story(directory: Path) -> list[dict]:
-    """The rounds as recorded, without their times."""
-    rounds = read_json(directory / RUN_FILE)["rounds"]
-    for record in rounds:
-        del record["seconds"]
-        for metrics in record["metrics"].values():
-            del metrics["seconds"]
-    return rounds
 
 
 @pytest.fixture(scope="module")
