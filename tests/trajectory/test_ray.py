@@ -149,15 +149,15 @@ def test_a_client_whose_worker_is_killed_twice_has_failed_and_the_round_goes_on(
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_of_ray_is_left_when_a_run_is_ended(place, learn, how):
-    """But, after SIGKILL, two helpers that Ray itself forgets, and their files: no worker, and nothing that listens."""
+    """But, after SIGKILL, two helpers of Ray's that go later, and the files: no worker, and nobody who gives work."""
     process = started(place, learn(f"ended_{how.name}", *LONG, *RAY))
     until(lambda: at_work(process.pid), process)
     there = descendants(process.pid)
-    (own,) = {word for title in there.values() for word in re.findall(r"/tmp/unfed-\w+", title)}  # noqa: S108 - what Ray made
+    (own,) = {word for title in there.values() for word in re.findall(r"=(/tmp/unfed-\w+)", title)}
     forgotten = {p for p, title in there.items() if "Agent" in title} if how == signal.SIGKILL else set()
     assert len(forgotten) < len(there) - 3
     os.kill(process.pid, how)
-    process.wait(60)
+    assert process.wait(120) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
     end = time.monotonic() + 60
     try:
         while left := [p for p in there.keys() - forgotten if lives(p)]:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from unfed.base.stopping import STOPS, Stopped, stoppable, whole
+from unfed.base.stopping import STOPS, Stopped, named, stoppable, whole
 from unfed.cli.launch import guarded
 
 
@@ -79,3 +79,17 @@ def test_outside_the_main_thread_and_for_signals_that_are_ignored_nothing_change
     finally:
         signal.signal(signal.SIGINT, before[0])
     assert [signal.getsignal(n) for n in STOPS] == before
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_that_a_library_made_an_interrupt_of_has_its_name_again(number):
+    with stoppable():
+        plain = KeyboardInterrupt()
+        assert named(plain) is plain  # nobody sent one
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), number)
+        found = named(plain)
+        assert isinstance(found, Stopped) and found.code == 128 + number
+        assert named(found) is found
+    with stoppable():
+        assert named(plain) is plain

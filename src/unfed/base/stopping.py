@@ -33,13 +33,21 @@ _held: list[int] = []
 """An entry for each :func:`whole` that is open."""
 _waiting: list[int] = []
 """A signal that came meanwhile."""
+_last: list[int] = []
+"""The signal that ends the run."""
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> None:
     if _held and not _waiting:
         _waiting.append(number)
         return
+    _last[:] = [number]
     raise Stopped(number)  # the second one is not asked to wait
+
+
+def named(error: KeyboardInterrupt) -> KeyboardInterrupt:
+    """``error``, or the :class:`Stopped` that a library in C has made a plain ``KeyboardInterrupt`` of."""
+    return error if isinstance(error, Stopped) or not _last else Stopped(_last[0])
 
 
 @contextlib.contextmanager
@@ -49,6 +57,7 @@ def stoppable() -> Iterator[None]:
     Elsewhere than in the main thread nothing changes, nor for a signal that is ignored (``nohup``) or handled already.
     """
     before = {}
+    _last.clear()
     if threading.current_thread() is threading.main_thread():
         usual = (signal.SIG_DFL, signal.default_int_handler)
         before = {n: old for n in STOPS if (old := signal.getsignal(n)) in usual}

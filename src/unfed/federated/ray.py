@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -30,12 +31,14 @@ import ray  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 
 from unfed.base.errors import UnfedError
+from unfed.base.stopping import named
 from unfed.federated.child import end_with_parent
 from unfed.federated.messages import Message
 from unfed.federated.pool import WorkerDiedError
 
 LARGEST = 1 << 62
 """Bytes of a message that are read at most: within a trusted cluster, any."""
+_SHORT = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - private; the names of sockets below must be short
 SECONDS_TO_CONNECT = 10.0
 SHARE_OF_MEMORY, LEAST_STORE = 0.3, 128 * 2**20
 """Of the machine's memory, what Ray's object store gets at most; bytes that it gets at least."""
@@ -92,15 +95,27 @@ def connected(place: Place) -> Iterator[tuple[int, float]]:
     if ray.is_initialized():
         yield _sized(place)
         return
-    own = tempfile.mkdtemp(prefix="unfed-", dir="/tmp" if Path("/tmp").is_dir() else None)  # noqa: S108 - sockets below it have short names at most; it is private
+    own = tempfile.mkdtemp(prefix="unfed-", dir=_SHORT)
     try:
-        _begin(place, own)
-        try:
-            yield _sized(place)
-        finally:
-            ray.shutdown()
+        with _signals_as_they_are():
+            _begin(place, own)
+        yield _sized(place)
+    except KeyboardInterrupt as e:
+        raise named(e) from None
     finally:
+        ray.shutdown()
         shutil.rmtree(own, ignore_errors=True)
+
+
+@contextmanager
+def _signals_as_they_are() -> Iterator[None]:
+    """Ray puts a handler of its own in the place of whatever SIGTERM did."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _begin(place: Place, own: str) -> None:
