@@ -129,3 +129,17 @@ def test_every_subcommand_exists():
     for command in COMMANDS.values():
         module, _, function = command.where.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        (["experiment=finetune/quickstart"], "finetune"),
+        (["experiment=unlearn/quickstart"], "unlearn"),
+        (["experiment=eval/quickstart"], "eval"),
+        (["--config-name=train-lora.yaml", "experiment=finetune/quickstart"], "finetune"),
+    ],
+)
+def test_what_is_shown_is_the_run_that_its_experiment_is_for(given, mode, capsys):
+    assert main(["config", *given, "task_name=t", "model=tiny-lora", f"{MODEL}=nobody/nothing"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["mode"] == mode

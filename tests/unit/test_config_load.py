@@ -389,6 +389,13 @@ def test_a_partition_that_cannot_be_dealt_is_named(given, said):
     assert said in str(caught.value)
 
 
+def test_a_manifest_that_is_not_given_is_said_once():
+    with pytest.raises(ConfigError) as caught:
+        resolve([*DEALT, "experiment=finetune/tofu/default", "partition=file"], "train-lora.yaml", files=True)
+    assert str(caught.value).count("partition.manifest") == 2, "its name, and how to give it"
+    assert "there is no such file" not in str(caught.value)
+
+
 def test_topics_may_be_what_is_dealt_beside_the_target():
     given = ["partition.rest=dirichlet", "partition.over=topic", "partition.topics=9"]
     config = resolve([*DEALT, "experiment=finetune/tofu/default", *given], "train-lora.yaml")
@@ -414,7 +421,7 @@ def test_robust_rules_and_hostile_clients_are_groups():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["robust=krumm"], "robust=krumm: no such robust; did you mean 'krum'"),
+        (["robust=krumm"], "robust=krumm: no such robust rule; did you mean 'krum'"),
         (
             ["robust=krum", "robust.num_byzantin=1"],
             "robust.num_byzantin: Krum has no such hyperparameter; did you mean",
@@ -433,7 +440,12 @@ def test_robust_rules_and_hostile_clients_are_groups():
         (["robust=fltrust", "robust.root=3", "recipe=isolated"], "shards are to see no rows but their own"),
         (["robust=median", "history=sums"], "history=sums: robust=median does not just add up"),
         (["robust=median", "trainer=finetune", "aggregator=null"], "robust=median: there are no clients"),
-        (["hostile=signflip"], "hostile=signflip: no such hostile; did you mean 'sign_flip'"),
+        (["hostile=signflip"], "hostile=signflip: no such attack; did you mean 'sign_flip'"),
+        (["hostile.count=2"], "hostile: count given, but no attack is chosen; give hostile=NAME"),
+        (["wire=int4"], "wire=int4: no such wire format; did you mean 'int8'"),
+        (["privacy=centre"], "privacy=centre: no such kind of privacy; did you mean 'central'"),
+        (["personalise=1"], "personalise=1: has settings of its own, as in personalise.epochs=... (choices: epochs)"),
+        (["partition.ranks=many"], "partition.ranks=many: should be a list or a valid integer"),
         (["hostile=scale", "hostile.count=5"], "hostile: 5 of 5 clients; one at least is honest"),
         (["hostile=scale", "hostile.count=0"], "hostile.count=0: must be at least 1"),
         (["hostile=scale", "hostile.factor=-1"], "hostile.factor=-1: must be above 0"),

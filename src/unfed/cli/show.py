@@ -10,6 +10,8 @@ from typing import Any
 from unfed.cli.launch import guarded
 
 DEFAULT = "unlearn-lora.yaml"
+PRIMARY = {"finetune": "train-lora.yaml", "unlearn": DEFAULT, "eval": "eval.yaml"}
+"""The primary configuration of an experiment's folder, that of ``unfed train``, ``unlearn`` and ``evaluate``."""
 
 
 def config(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +38,16 @@ def _show(command: str, what: str, work: Callable[[Sequence[str]], int], argv: S
     print(
         f"unfed {command} [--config-name=NAME] <the overrides of a run>: print {what}.\n\n"
         f"Example: unfed {command} --config-name={DEFAULT} experiment=unlearn/tofu/default task_name=look\n"
+        "Without --config-name the experiment decides: finetune/..., unlearn/... or eval/....\n"
         "The overrides are those of unfed train, unlearn and evaluate; unfed unlearn --help lists them."
     )
     return 0
+
+
+def _primary(argv: Sequence[str]) -> str:
+    """The configuration to begin with where ``--config-name`` names none: the one that the experiment is for."""
+    named = [token.partition("=")[2] for token in argv if token.lstrip("+").startswith("experiment=")]
+    return PRIMARY.get(named[-1].partition("/")[0], DEFAULT) if named else DEFAULT
 
 
 def _config(argv: Sequence[str]) -> int:
@@ -46,7 +55,7 @@ def _config(argv: Sequence[str]) -> int:
 
     from unfed.config.compat import resolve
 
-    print(yaml.safe_dump(_plain(resolve(argv, DEFAULT)), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(_plain(resolve(argv, _primary(argv))), sort_keys=False, allow_unicode=True), end="")
     return 0
 
 
@@ -54,7 +63,7 @@ def _plan(argv: Sequence[str]) -> int:
     from unfed.app.plan import plan as work_out
     from unfed.config.compat import resolve
 
-    lines = work_out(resolve(argv, DEFAULT)).lines()
+    lines = work_out(resolve(argv, _primary(argv))).lines()
     width = max(len(label) for label, _ in lines)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in lines))
     return 0

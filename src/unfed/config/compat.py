@@ -201,6 +201,13 @@ def _groups(line: CommandLine) -> dict[str, list[str]]:
     return found
 
 
+CALLED = {
+    "aggregator": "aggregation strategy", "method": "unlearning method", "robust": "robust rule", "hostile": "attack",
+    "privacy": "kind of privacy", "wire": "wire format", "lora": "preset",
+}  # fmt: skip
+"""What a choice of a group is called, where the group's own name is not the word."""
+
+
 def _unknown_choice(override: Override, group: str, choices: Sequence[str]) -> list[str]:
     """Complaints about values that are no file of the group."""
     if override.is_sweep_override():
@@ -208,7 +215,7 @@ def _unknown_choice(override: Override, group: str, choices: Sequence[str]) -> l
     else:
         values = [_text(override)]
     names = [v.strip("'\"") for v in values]
-    what = {"aggregator": "aggregation strategy", "method": "unlearning method"}.get(group, group)
+    what = CALLED.get(group, group)
     return [
         f"{override.key_or_group}={n}: no such {what}{nearest(n, choices)}"
         for n in names

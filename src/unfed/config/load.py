@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from unfed.base.errors import ConfigError, nearest
 from unfed.config import checks, shape
-from unfed.config.schema import RunConfig
+from unfed.config.schema import UNSET, RunConfig
 
 CONVENIENCES = frozenset(
     {"dataset", "train_split", "forget_split", "retain_split", "holdout_split", "retain_logs_path"}
@@ -69,7 +69,7 @@ def _filled(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
     missing = list(_missing(OmegaConf.to_container(cfg, resolve=False), ""))
     cfg = cfg.copy() if missing else cfg
     for key in missing:
-        OmegaConf.update(cfg, key, "MISSING")
+        OmegaConf.update(cfg, key, UNSET)
     return cfg, [f"{key}: missing, and has no default; give {key}=..." for key in missing]
 
 
@@ -142,6 +142,9 @@ def _arranged(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
                 continue
             kept = {k: v for k, v in given.items() if k in beside or k == "name"}
             arranged[group] = {**kept, "params": {k: v for k, v in given.items() if k not in kept}}
+    if isinstance(given := arranged.get("hostile"), Mapping) and "name" not in given:
+        arranged.pop("hostile")
+        problems.append(f"hostile: {', '.join(given)} given, but no attack is chosen; give hostile=NAME")
     _settle_precision(arranged)
     return arranged
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from unfed.base.errors import ConfigError, DataError, UnfedError
 from unfed.config.checks import datasets
-from unfed.config.schema import FEDERATED_TRAINERS, EvalConfig, RunConfig
+from unfed.config.schema import FEDERATED_TRAINERS, UNSET, EvalConfig, RunConfig
 from unfed.data.benchmarks import splits_of
 from unfed.models.source import path_problem, resolve_source
 from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -143,7 +143,7 @@ def _other_files(config: RunConfig) -> Iterator[str]:
         named["retain_logs_path"] = config.eval.retain_logs_path
         named["eval.finetuned_logs_path"] = config.eval.finetuned_logs_path
     for key, path in named.items():
-        if path is not None and not Path(path).exists():
+        if path not in (None, UNSET) and not Path(path).exists():
             yield f"{key}={path}: there is no such file"
 
 

@@ -36,6 +36,8 @@ ROBUST = ("screening", "median", "trimmed_mean", "krum", "multi_krum", "norm_cli
 WRAPPERS = ("SAM", "GRU", "EWC")
 PRIVACY = ("central", "local", "example")
 WIRES = ("float32", "bfloat16", "int8", "topk")
+UNSET = "MISSING"
+"""Stands for a setting that has to be given and was not, so that one message says so and no other."""
 FEDERATED_TRAINERS = ("FederatedFinetune", "FederatedUnlearningTrainer")
 
 

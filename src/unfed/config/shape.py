@@ -95,7 +95,9 @@ def _problem(key: Key, errors: list[ErrorDetails], raw: Mapping[str, Any]) -> st
         return f"{name}={_shown(value)}: no such choice{nearest(str(value), choices)}"
     if kinds <= {"tuple_type", "list_type"}:
         return f"{name}={_shown(value)}: should be a list, as in {name}=[{_shown(value)}]"
-    said = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors)
+    if kinds == {"dataclass_type"} and (fields := _siblings((*key, ""))):
+        return f"{name}={_shown(value)}: has settings of its own, as in {name}.{fields[0]}=...{nearest('', fields)}"
+    said = dict.fromkeys(e["msg"].replace("valid tuple", "list").removeprefix("Input should be ") for e in errors)
     return f"{name}={_shown(value)}: should be {' or '.join(said)}"
 
 
