@@ -103,7 +103,8 @@ def test_one_hostile_client_is_bounded(name, over, seed, spread, sign, far):
     slack = 3.0 if over == "effective" else 1.0  # the mean of factors adds cross terms; truncation is at most the step
     assert moved <= slack * bound + 1e-3 * spread
     plain = FedAvg().combine([ClientUpdate(c, s, 10) for c, s in states.items()], 7).adapter
-    assert space.norm(plain) > moved
+    # Nearby, honest steps may add up where the attack happens to cancel some of them.
+    assert far < 1e3 or space.norm(plain) > moved
 
 
 @given(seed=SEEDS, spread=SPREADS, gauge=st.sampled_from([1e-3, 0.1, 7.0, 1e3]))
