@@ -30,8 +30,26 @@ MOST_MEMORY = 500
 CLASSES = ("network.EchoServer", "network.EchoSite")
 
 
-def run(sizes: list[float], rounds: int) -> list[dict[str, Any]]:
-    """Inside ``@collab.main``: seconds of each round (the first one apart) and the peak over idle, by size."""
+def spent(place: Path) -> float:
+    """CPU seconds so far of all processes that run kits below ``place``, and of their children."""
+    ticks: dict[int, int] = {}
+    parents: dict[int, int] = {}
+    ours = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line, stat = (entry / "cmdline").read_bytes(), (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        pid = int(entry.name)
+        ticks[pid], parents[pid] = int(stat[11]) + int(stat[12]), int(stat[1])
+        if str(place).encode() in line:
+            ours.add(pid)
+    return sum(n for pid, n in ticks.items() if pid in ours or parents[pid] in ours) / os.sysconf("SC_CLK_TCK")
+
+
+def run(sizes: list[float], rounds: int, place: Path) -> list[dict[str, Any]]:
+    """Inside ``@collab.main``: seconds of each round (the first one apart), CPU seconds of a round at all parties, and
+    the peak over idle, by size."""
     import torch
     from process import peaks, reset_peak, resident
 
@@ -51,16 +69,24 @@ def run(sizes: list[float], rounds: int) -> list[dict[str, Any]]:
     found = []
     for megabytes in sizes:
         adapter = AdapterState({f"x{n:03d}": torch.randn(max(1, int(megabytes * 1e6 / 4 / 100))) for n in range(100)})
-        seconds, idle = [], resident()
+        seconds, idle, cpu = [], resident(), 0.0
         reset_peak()
-        for _ in range(rounds + 1):
+        for number in range(rounds + 1):
+            cpu = spent(place) if number == 1 else cpu
             began, mean = time.perf_counter(), RunningMean()
             for answer in remote.fit(task, Broadcast(adapter), sites):
                 assert isinstance(answer, ClientUpdate), answer
                 mean.add(answer.adapter, 1.0)
             mean.result()
             seconds.append(time.perf_counter() - began)
-        found.append({"megabytes": megabytes, "seconds": seconds[1:], "peak_over_idle": peaks()["host"] - idle})
+        found.append(
+            {
+                "megabytes": megabytes,
+                "seconds": seconds[1:],
+                "cpu": (spent(place) - cpu) / rounds,
+                "peak_over_idle": peaks()["host"] - idle,
+            }
+        )
     return found
 
 
@@ -88,7 +114,7 @@ def main() -> None:
         against = f" (floor {floor:g})" if floor is not None else ""
         print(
             f"{entry['megabytes']:g} MB: {entry['median']:.3f} s a round{against}, "
-            f"server's peak {grown:.0f} MB over idle (floor {MOST_MEMORY})"
+            f"{entry['cpu']:.2f} s of CPU at all parties, server's peak {grown:.0f} MB over idle (floor {MOST_MEMORY})"
         )
     load = os.getloadavg()[0]
     print(f"load {load:.1f} on {os.cpu_count()} cores at the end")
@@ -203,7 +229,7 @@ else:  # imported by a job: NVFlare is there
         @collab.main
         def run(self) -> None:
             """Called by NVFlare."""
-            found = run(self._work["sizes"], self._work["rounds"])
+            found = run(self._work["sizes"], self._work["rounds"], Path(self._work["result"]).parent)
             Path(self._work["result"]).write_text(json.dumps(found), encoding="utf-8")
 
     class EchoSite(SiteDesk):

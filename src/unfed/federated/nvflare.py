@@ -30,7 +30,7 @@ def _without_bytes_in_logs() -> None:
     """Keep NVFlare from spelling out what a site receives.
 
     ``Adapter.call`` of NVFlare 2.9 formats the bytes of every request for a line of its debug log, whether that is
-    written or not: three characters a byte, half of all the time that a round takes.
+    written or not: three characters a byte, a third or more of the CPU time that a round takes at all parties.
     """
     received: Any = getattr(buffer_list, "ConsumableBufferList", None)
     if received is not None:
