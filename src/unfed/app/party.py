@@ -21,11 +21,6 @@ WORDS = {
     "site": "A run that was under way goes on without this site, or ends; started again, it takes part in the next job",
 }
 
-RETURNED = ("MALLOC_MMAP_THRESHOLD_", str(2**17))
-"""For the server's job processes: glibc raises the size from which freed memory goes back at once, and messages of a
-hundred MB then leave gaps that add up over the rounds. Sites train, where fresh pages for every tensor would cost
-time."""
-
 
 def _end(number: int, _frame: FrameType | None) -> None:
     name, role = signal.Signals(number).name, "server" if "server_train" in sys.argv[0] else "site"
@@ -36,8 +31,6 @@ def _end(number: int, _frame: FrameType | None) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run NVFlare's module as the main program."""
     module, *rest = argv
-    if "server_train" in module:
-        os.environ.setdefault(*RETURNED)
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
