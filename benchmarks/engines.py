@@ -15,14 +15,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from process import peaks, reset_peak, resident
-
-CLIENTS = "client_"
+from echo import rounds_of
 
 
 class Echo:
@@ -43,28 +40,9 @@ class Echo:
         return done_message(Done(ClientUpdate(errand.client_id, errand.broadcast.adapter, 1)))
 
 
-def rounds_of(transport: Any, megabytes: float, clients: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each round but the first, and the server's peak over idle."""
-    import torch
-
-    from unfed.aggregation.tree import RunningMean
-    from unfed.base.types import AdapterState, Broadcast, ClientUpdate
-    from unfed.federated.schedule import FitTask, Phase, Work
-    from unfed.objectives.nll import NLL
-
-    names = [f"{CLIENTS}{n}" for n in range(clients)]
-    task = FitTask(Phase("echo", 1, {c: Work("train", NLL(), 1.0) for c in names}), 0, 0)
-    adapter = AdapterState({f"x{n:03d}": torch.randn(max(1, int(megabytes * 1e6 / 4 / 100))) for n in range(100)})
-    seconds, idle = [], resident()
-    reset_peak()
-    for _ in range(rounds + 1):
-        began, mean = time.perf_counter(), RunningMean()
-        for answer in transport.fit(task, Broadcast(adapter), names):
-            assert isinstance(answer, ClientUpdate), answer
-            mean.add(answer.adapter, 1.0)
-        mean.result()
-        seconds.append(time.perf_counter() - began)
-    return {"megabytes": megabytes, "seconds": seconds[1:], "peak_over_idle": peaks()["host"] - idle}
+def _rounds(transport: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
+    names = [f"client_{n}" for n in range(given.workers)]
+    return [rounds_of(transport, megabytes, names, given.rounds) for megabytes in given.megabytes]
 
 
 def in_process(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,7 +51,7 @@ def in_process(given: argparse.Namespace) -> list[dict[str, Any]]:
     from unfed.federated.transport import InProcess
 
     transport = InProcess(lambda _, broadcast, client: ClientUpdate(client, broadcast.adapter, 1))
-    return [rounds_of(transport, megabytes, given.workers, given.rounds) for megabytes in given.megabytes]
+    return _rounds(transport, given)
 
 
 def over_ray(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -90,7 +68,7 @@ def over_ray(given: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             transport = Dealt(pool, Errands(client), 600.0)
             transport.open()
-            return [rounds_of(transport, megabytes, given.workers, given.rounds) for megabytes in given.megabytes]
+            return _rounds(transport, given)
         finally:
             pool.close()
 

@@ -50,43 +50,21 @@ def spent(place: Path) -> float:
 def run(sizes: list[float], rounds: int, place: Path) -> list[dict[str, Any]]:
     """Inside ``@collab.main``: seconds of each round (the first one apart), CPU seconds of a round at all parties, and
     the peak over idle, by size."""
-    import torch
-    from process import peaks, reset_peak, resident
+    from echo import rounds_of
 
-    from unfed.aggregation.tree import RunningMean
-    from unfed.base.types import AdapterState, Broadcast, ClientUpdate
     from unfed.federated.messages import broadcast_message
     from unfed.federated.nvflare import CollabLink
     from unfed.federated.remote import Patience, Remote
-    from unfed.federated.schedule import FitTask, Phase, Work
-    from unfed.objectives.nll import NLL
 
     link = CollabLink(Patience())
-    sites = link.sites()
     head = {"do": "fit", "num_examples": 1, "metrics": {}, "nbytes": None}
     remote = Remote(link, lambda _, broadcast, client: broadcast_message(head, broadcast, client), Patience())
-    task = FitTask(Phase("echo", 1, {s: Work("train", NLL(), 1.0) for s in sites}), 0, 0)
-    found = []
+    found, cpu = [], [0.0]
     for megabytes in sizes:
-        adapter = AdapterState({f"x{n:03d}": torch.randn(max(1, int(megabytes * 1e6 / 4 / 100))) for n in range(100)})
-        seconds, idle, cpu = [], resident(), 0.0
-        reset_peak()
-        for number in range(rounds + 1):
-            cpu = spent(place) if number == 1 else cpu
-            began, mean = time.perf_counter(), RunningMean()
-            for answer in remote.fit(task, Broadcast(adapter), sites):
-                assert isinstance(answer, ClientUpdate), answer
-                mean.add(answer.adapter, 1.0)
-            mean.result()
-            seconds.append(time.perf_counter() - began)
-        found.append(
-            {
-                "megabytes": megabytes,
-                "seconds": seconds[1:],
-                "cpu": (spent(place) - cpu) / rounds,
-                "peak_over_idle": peaks()["host"] - idle,
-            }
+        entry = rounds_of(
+            remote, megabytes, link.sites(), rounds, lambda n: cpu.append(spent(place)) if n == 1 else None
         )
+        found.append({**entry, "cpu": (spent(place) - cpu[-1]) / rounds})
     return found
 
 
