@@ -13,6 +13,7 @@ import pytest
 
 from unfed.app.rundir import RUN_FILE
 from unfed.base.artifacts import LOCK_NAME, digest_file, read_json
+from unfed.config.schema import AggregatorConfig, MethodConfig
 from unfed.federated.messages import Message
 from unfed.federated.remote import State
 
@@ -95,6 +96,22 @@ def processes(repo_root):
     if before is not None:
         os.environ["PYTHONPATH"] = before
     return context
+
+
+def delicate(small_run, finetuned: Path, directory: Path, rounds: int, **more):
+    """The configuration of an unlearning run with all that could differ after a resumption: dropout, a cached reference
+    policy and one with its distribution, a server optimizer with state, partial participation, a schedule over the
+    whole phase."""
+    return small_run(
+        "unlearn",
+        directory,
+        model_args={"pretrained_model_name_or_path": str(finetuned)},
+        method=MethodConfig("NPO", {"retain_loss_type": "KL"}),
+        aggregator=AggregatorConfig("FedAdam", {"server_lr": 0.01}),
+        method_args={"global_rounds": rounds, "fraction_fit": 0.67, "unlearn_epochs": 4},
+        args={"per_device_train_batch_size": 2},
+        **more,
+    )
 
 
 class Here:

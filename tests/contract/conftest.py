@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fault_fixtures import processes  # noqa: F401 - a fixture
 
 from unfed.base.artifacts import write_json
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import time
 from pathlib import Path
 
 import pytest
-from fault_fixtures import digests, story
+from fault_fixtures import delicate, digests, rounds_done, story
 
 from unfed.app.rundir import run_status
 from unfed.app.runs import run
@@ -23,20 +22,10 @@ ROUNDS = 6
 
 @pytest.fixture(scope="module")
 def make(small_run, finetuned):
-    """An unlearning run with all that could differ after a resumption: dropout, a cached reference policy and one
-    with its distribution, a server optimizer with state, partial participation, a schedule over the whole phase."""
+    """A delicate run, which keeps nothing beside."""
 
     def config(directory: Path, **changes) -> RunConfig:
-        made = small_run(
-            "unlearn",
-            directory,
-            model_args={"pretrained_model_name_or_path": str(finetuned)},
-            method=MethodConfig("NPO", {"retain_loss_type": "KL"}),
-            aggregator=AggregatorConfig("FedAdam", {"server_lr": 0.01}),
-            method_args={"global_rounds": ROUNDS, "fraction_fit": 0.67, "unlearn_epochs": 4},
-            args={"per_device_train_batch_size": 2},
-        )
-        return dataclasses.replace(made, **changes)
+        return dataclasses.replace(delicate(small_run, finetuned, directory, ROUNDS), **changes)
 
     return config
 
@@ -48,25 +37,6 @@ def undisturbed(make, tmp_path_factory):
     began = time.monotonic()
     run(make(directory))
     return directory, time.monotonic() - began
-
-
-def rounds_done(directory: Path) -> int:
-    found = [int(d.name[-5:]) for d in (directory / "checkpoints").glob("round_*")]
-    return max(found, default=0)
-
-
-@pytest.fixture(scope="module")
-def processes(repo_root):
-    """Starts processes that have everything imported already."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(repo_root / "src"), before)))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unfed.app.runs"])
-    context.Process(target=time.sleep, args=(0,)).start()  # the server starts with the first process
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
-    return context
 
 
 def kill_at(processes, config: RunConfig, moment: float, *, after_round: int = 0) -> bool:

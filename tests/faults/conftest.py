@@ -6,34 +6,25 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from fault_fixtures import Here, processes  # noqa: F401 - a fixture
+from fault_fixtures import Here, delicate, processes  # noqa: F401 - a fixture
 
 from unfed.app.runs import run
 from unfed.base.artifacts import write_json
-from unfed.config.schema import AggregatorConfig, EngineConfig, HistoryConfig, MethodConfig, RunConfig
+from unfed.config.schema import EngineConfig, HistoryConfig, RunConfig
 
 ROUNDS = 6
 
 
 @pytest.fixture(scope="session")
 def make(small_run, finetuned):
-    """An unlearning run with all that could differ after a resumption: dropout, a cached reference policy and one with
-    its distribution, a server optimizer with state, partial participation, a schedule over the whole phase, a history
-    of rounds and updates."""
+    """A delicate run with a history of rounds and updates."""
 
     def config(directory: Path, **changes) -> RunConfig:
-        made = small_run(
-            "unlearn",
-            directory,
-            model_args={"pretrained_model_name_or_path": str(finetuned)},
-            method=MethodConfig("NPO", {"retain_loss_type": "KL"}),
-            aggregator=AggregatorConfig("FedAdam", {"server_lr": 0.01}),
-            method_args={"global_rounds": ROUNDS, "fraction_fit": 0.67, "unlearn_epochs": 4},
-            args={"per_device_train_batch_size": 2},
-            history=HistoryConfig(("rounds", "updates")),
-            engine=EngineConfig(keep_checkpoints=2, keep_every=3),
-        )
-        return dataclasses.replace(made, **changes)
+        kept = {
+            "history": HistoryConfig(("rounds", "updates")),
+            "engine": EngineConfig(keep_checkpoints=2, keep_every=3),
+        }
+        return dataclasses.replace(delicate(small_run, finetuned, directory, ROUNDS, **kept), **changes)
 
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -144,13 +145,14 @@ def test_both_as_one_adapter_in_the_model_and_in_stock_peft(learned, small_base,
     new, below = logits(model), snapshot(model, LEARNED)
     with torch.no_grad():
         assert (new - old).abs().max() > 1e-2
+    wide = logits(copy.deepcopy(model).double())  # float32 sums in another order, by more or less on each processor
     one, both = as_one(model, second)
-    torch.testing.assert_close(logits(one), new, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(copy.deepcopy(one).double()), wide, atol=2e-6, rtol=0)
     assert unstack(both, ranks_of(below)).digest() == below.digest()
     assert len(trainable_parameters(one)) == len(both) and set(one.peft_config) == {"default"}
     save_adapter(one, both, tmp_path / "stack")
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_base), tmp_path / "stack")
-    torch.testing.assert_close(logits(stock), new, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(stock.double()), wide, atol=2e-6, rtol=0)
     again = load_model(ModelArgs(str(tmp_path / "stack"), use_lora=True), TokenizerArgs(), trainable=True).model
     assert snapshot(again).digest() == both.digest() and lora_scaling(again).keys() == ranks_of(both).keys()
 
