@@ -287,8 +287,8 @@ def screening(config: RunConfig, loaded: LoadedModel, clients: Mapping[str, Clie
     return ScreeningSettings(ratio, lora_scaling(loaded.model) or 1.0, owned)
 
 
-def collation(config: RunConfig, loaded: LoadedModel) -> Collation:
-    """How rows become padded batches."""
-    pad = loaded.tokenizer.pad_token_id
-    assert isinstance(pad, int)
-    return Collation(pad, config.collator.padding_side, config.collator.pad_to_multiple_of)
+def collation(config: RunConfig, loaded: LoadedModel, pad: int | None = None) -> Collation:
+    """How rows become padded batches. ``pad``: the id to pad with (``None``: the tokenizer's)."""
+    found = loaded.tokenizer.pad_token_id if pad is None else pad
+    assert isinstance(found, int)
+    return Collation(found, config.collator.padding_side, config.collator.pad_to_multiple_of)

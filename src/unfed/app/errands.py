@@ -25,7 +25,7 @@ _BESIDE = ("residual", "control")
 _NAMES = ("frozen", "local", "known")
 
 
-def broadcast_message(broadcast: Broadcast) -> Message:
+def shared_message(broadcast: Broadcast) -> Message:
     """What all clients of a round are sent."""
     beside = {name: state for name in _BESIDE if (state := getattr(broadcast, name)) is not None}
     return Message({n: sorted(getattr(broadcast, n)) for n in _NAMES}, {"adapter": broadcast.adapter, **beside})
@@ -50,7 +50,7 @@ class Errand:
 
 
 def read_errand(message: Message, shared: Message) -> Errand:
-    """The counterpart of :func:`broadcast_message` and :func:`errand_message`."""
+    """The counterpart of :func:`shared_message` and :func:`errand_message`."""
     client = message.get("client", str)
     own = {client: message.states[_OWN]} if _OWN in message.states else {}
     frozen, local, known = (frozenset(shared.get(name, list)) for name in _NAMES)

@@ -148,8 +148,7 @@ class NetworkFleet(Fleet):
             "do": "open",
             "config": {**for_sites(mission.config), "model": _model(mission)},
             "run": mission.directory.name(),
-            # What a site keeps to itself must reach back as far as the server's checkpoints.
-            "keep": engine.keep_checkpoints + 1,
+            "keep": engine.entries_kept,
             "every": engine.keep_every,
         }
         messages = {}

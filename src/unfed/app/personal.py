@@ -53,7 +53,7 @@ def own_factors(
         found = None if earlier is None else earlier.get(client_id, kind, _AFTER_ALL)
         return None if found is None or set(found) != names else found
 
-    store = ClientStore(directory, config.engine.keep_checkpoints + 1, before, config.engine.keep_every)
+    store = ClientStore(directory, config.engine.entries_kept, before, config.engine.keep_every)
     return OwnFactors(names, weights, store)
 
 

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from unfed.app.agreement import refuse_other_base, refuse_other_versions
-from unfed.app.errands import broadcast_message, errand_message, read_done, rows_message
+from unfed.app.errands import errand_message, read_done, rows_message, shared_message
 from unfed.app.fleet import Fleet, Mission
 from unfed.app.progress import say
 from unfed.app.ray_worker import DEVICE, ENDS, FAILED, MEMORY, TRACE, open_worker
@@ -164,7 +164,7 @@ class Errands:
 
     def share(self, broadcast: Broadcast) -> Message:
         """See the protocol."""
-        return broadcast_message(broadcast)
+        return shared_message(broadcast)
 
     def encode(self, task: FitTask, broadcast: Broadcast, client_id: str) -> Message:
         """See the protocol."""

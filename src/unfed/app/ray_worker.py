@@ -17,7 +17,7 @@ from unfed.app.errands import Done, done_message, read_errand, read_rows
 from unfed.app.rundir import versions
 from unfed.app.runs import open_model
 from unfed.app.wire import over_wire
-from unfed.app.worker import make_client, read_config
+from unfed.app.worker import make_client, make_local, read_config
 from unfed.base.artifacts import write_json, write_tensors
 from unfed.base.errors import UnfedError
 from unfed.base.types import AdapterState
@@ -30,9 +30,7 @@ from unfed.models.core import put_cores
 from unfed.models.digest import base_facts
 from unfed.models.load import LoadedModel
 from unfed.models.spec import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from unfed.training.args import loop_args
-from unfed.training.batches import Collation
-from unfed.training.loop import Local, StepEvent
+from unfed.training.loop import StepEvent
 
 log = logging.getLogger(__name__)
 FAILED, ENDS, TRACE = "failed", "ends", "trace"
@@ -56,7 +54,9 @@ class RayWorker:
         if {n: t.shape for n, t in own.items()} != opened.shapes:
             raise UnfedError("the adapter that it opens has another shape than the server's")
         self._store = Carried()
-        client = make_client(config, (loaded, _local(config, loaded, opening)), read_rows(opening), opened, self._store)
+        # Rows are padded with the server's token, whatever tokenizer lies with the base here.
+        local = make_local(config, loaded, opening.get("pad", int))
+        client = make_client(config, (loaded, local), read_rows(opening), opened, self._store)
         self._client, self._fit = client, over_wire(config, client.fit, self._store)
         facts = base_facts(loaded.model, loaded.tokenizer)
         self.told = Message({"base": facts, "versions": versions(), "opened": opened.digest()})
@@ -134,11 +134,3 @@ def _open(config: RunConfig, opening: Message) -> LoadedModel:
 def _write(place: Path, adapter: AdapterState, shape: Mapping[str, Any]) -> None:
     write_tensors(place / ADAPTER_WEIGHTS, adapter)
     write_json(place / ADAPTER_CONFIG, shape)
-
-
-def _local(config: RunConfig, loaded: LoadedModel, opening: Message) -> Local:
-    """The local loop; rows are padded with the server's token, whatever tokenizer lies with the base here."""
-    assert config.trainer is not None
-    given, pad = config.collator, opening.get("pad", int)
-    collation = Collation(pad, given.padding_side, given.pad_to_multiple_of)
-    return Local(loaded.model, loop_args(config.trainer.args), collation, config.seed)

@@ -24,10 +24,9 @@ def wire_of(config: RunConfig) -> Wire:
 
 
 def wire_store(config: RunConfig) -> ClientStore:
-    """Where the clients keep what a wire lost: in the run's directory. A run may resume at any checkpoint that is kept,
-    and needs what the clients had then."""
+    """Where the clients keep what a wire lost: in the run's directory."""
     engine = config.engine
-    return ClientStore(Path(config.paths.output_dir), engine.keep_checkpoints + 1, every=engine.keep_every)
+    return ClientStore(Path(config.paths.output_dir), engine.entries_kept, every=engine.keep_every)
 
 
 def over_wire(config: RunConfig, fit: Fit, store: ClientStore | None = None) -> Fit:

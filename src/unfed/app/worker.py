@@ -31,10 +31,11 @@ def read_config(plain: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def make_local(config: RunConfig, loaded: LoadedModel) -> Local:
-    """The local loop on the one model."""
+def make_local(config: RunConfig, loaded: LoadedModel, pad: int | None = None) -> Local:
+    """The local loop on the one model. ``pad``: see :func:`unfed.app.build.collation`."""
     assert config.trainer is not None
-    return Local(loaded.model, loop_args(config.trainer.args), build.collation(config, loaded), config.seed)
+    args = loop_args(config.trainer.args)
+    return Local(loaded.model, args, build.collation(config, loaded, pad), config.seed)
 
 
 def make_client(

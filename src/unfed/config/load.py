@@ -133,18 +133,15 @@ def _arranged(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     arranged = {name: value for name, value in raw.items() if value is not None}
     if isinstance(arranged.get("task_name"), int | float):
         arranged["task_name"] = str(arranged["task_name"])  # task_name=1 is read as a number
-    for group, beside in NAMED.items():
+    for group in (*NAMED, "hostile"):
         given = arranged.get(group)
-        if isinstance(given, Mapping):
-            if "name" not in given:
-                arranged.pop(group)
-                problems.append(f"{group}: {', '.join(given)} given, but no {group} is chosen; give {group}=NAME")
-                continue
-            kept = {k: v for k, v in given.items() if k in beside or k == "name"}
+        if isinstance(given, Mapping) and "name" not in given:
+            arranged.pop(group)
+            what = "attack" if group == "hostile" else group
+            problems.append(f"{group}: {', '.join(given)} given, but no {what} is chosen; give {group}=NAME")
+        elif isinstance(given, Mapping) and group in NAMED:
+            kept = {k: v for k, v in given.items() if k in NAMED[group] or k == "name"}
             arranged[group] = {**kept, "params": {k: v for k, v in given.items() if k not in kept}}
-    if isinstance(given := arranged.get("hostile"), Mapping) and "name" not in given:
-        arranged.pop("hostile")
-        problems.append(f"hostile: {', '.join(given)} given, but no attack is chosen; give hostile=NAME")
     _settle_precision(arranged)
     return arranged
 

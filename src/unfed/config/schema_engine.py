@@ -36,3 +36,9 @@ class EngineConfig:
     gpus_per_worker: float | None = None
     threads: int | None = None
     address: str | None = None
+
+    @property
+    def entries_kept(self) -> int:
+        """Rounds of what a client keeps for itself: a run may resume at any of the last checkpoints, and needs what the
+        client had before it."""
+        return self.keep_checkpoints + 1
