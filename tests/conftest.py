@@ -14,10 +14,15 @@ os.environ.pop("UNFED_DATA_DIR", None)
 
 import json
 import logging
+import signal
 from pathlib import Path
 
 import pytest
 from network_fixtures import network  # noqa: F401 - a fixture
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and whatever they start ignores it, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
