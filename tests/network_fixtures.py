@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from unfed.base.artifacts import read_tensors
+from unfed.base.artifacts import read_json, read_tensors, write_json
 from unfed.base.errors import UnfedError
 
 SITES = ("site-1", "site-2", "site-3")
+GIVEN_UP = 40
+"""Seconds without a sign of life after which NVFlare's server here holds a site to be gone; 600 by default."""
 TRAINING = (
     "model=tiny-lora",
     "model.model_args.lora_config.r=4",
@@ -115,8 +117,11 @@ def deal_rows(network: Network, small_data: Path, small_base: Path) -> None:
                 (folder / f"{split}.json").write_text("\n".join(rows) + "\n", encoding="utf-8")
     for name in (*SITES, "site-4"):
         shutil.copytree(small_base, network.kits / name / "base_model")
-    own = network.kits / "localhost" / "local" / "unfed.yml"
-    own.write_text(f"outputs: {network.place / 'saves'}\n", encoding="utf-8")
+    local = network.kits / "localhost" / "local"
+    (local / "unfed.yml").write_text(f"outputs: {network.place / 'saves'}\n", encoding="utf-8")
+    resources = read_json(local / "resources.json")
+    resources["servers"][0]["heart_beat_timeout"] = GIVEN_UP
+    write_json(local / "resources.json", resources)
 
 
 @pytest.fixture(scope="module")

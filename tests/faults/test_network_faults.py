@@ -18,7 +18,7 @@ import time
 
 import pytest
 from fault_fixtures import rounds_done, until
-from network_fixtures import SITES, TRAINING, Network, processes, unfed
+from network_fixtures import GIVEN_UP, SITES, TRAINING, Network, processes, unfed
 
 from unfed.base.artifacts import read_json
 from unfed.base.errors import UnfedError
@@ -234,20 +234,22 @@ def test_a_connection_cut_for_twelve_seconds_costs_that_site_a_round_or_two(netw
 def test_a_site_that_is_killed_is_named_in_every_round_from_then_on_and_takes_part_in_the_next_run(
     network, base, behind
 ):
+    """NVFlare by itself ends a job a minute after it has given a site up. Once the rounds are over it asks the site how
+    its part ended, which may not keep the next job waiting."""
     _, kit, process = behind
-    others = ["site-1", "site-3"]
     given = ("--sites", ",".join(BEHIND), "trainer.args.num_train_epochs=8")
-    job = Job(network, base, "lost", 15, *given)
+    job = Job(network, base, "lost", 24, *given)
     gone = [process.pid, *processes("worker_process", str(kit)), *processes("unfed.app.site", str(kit))]
     for pid in gone:  # all at once: the machine is gone
         os.kill(pid, signal.SIGKILL)
     process.wait()
-    assert job.ended(1500) == 0  # NVFlare takes ten minutes to believe that a site is gone, and ends the job then
-    assert job.record["status"] == "finished" and "the run is finished: a site was lost on the way" in job.said
+    until(lambda: job.process.poll() is not None or job.record["status"] == "finished", 900, "the end of the rounds")
+    assert job.ended(120) == 0, job.said
     lost, rounds = failures(job), job.record["rounds"]
-    assert len(rounds) == 15 and sorted(lost) == list(range(min(lost), 15)) and min(lost) >= 2
+    assert len(rounds) == 24 and sorted(lost) == list(range(min(lost), 24)) and min(lost) >= 2
     assert all(set(found) == {"site-4"} for found in lost.values()), lost
-    assert all(rounds[n]["clients"] == others for n in lost)
+    assert all(rounds[n]["clients"] == ["site-1", "site-3"] for n in lost)
+    assert sum(rounds[n]["seconds"] for n in lost) > GIVEN_UP + 60 + 30
     network.start(kit)
     until(lambda: "site-4" in network.connected(), 180, "the site that came back")
     again = Job(network, base, "found", 3, *given)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import json
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,3 +89,21 @@ def test_what_a_site_receives_is_not_spelled_out():
     import unfed.federated.nvflare  # noqa: F401
 
     assert str(buffers.ConsumableBufferList([bytes(1000), bytes(10)])) == "<2 pieces>"
+
+
+def test_a_job_that_begins_without_one_of_its_sites_is_refused(small_run, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("nvflare")
+    from unfed.app import nvflare_app
+    from unfed.app.rundir import plain
+    from unfed.base.errors import UnfedError
+    from unfed.federated import nvflare as nvflare_link
+
+    there = [SimpleNamespace(name="site-2"), SimpleNamespace(name="site-1")]
+    (tmp_path / "unfed.yml").write_text(f"outputs: {tmp_path}\n", encoding="utf-8")
+    place = SimpleNamespace(get_site_config_dir=lambda: str(tmp_path))
+    for module in (nvflare_app, nvflare_link):
+        monkeypatch.setattr(module, "collab", SimpleNamespace(clients=there, workspace=place, is_aborted=False))
+    config = base64.b64encode(json.dumps(plain(small_run("finetune", tmp_path / "run"))).encode()).decode()
+    with pytest.raises(UnfedError, match="site-3, site-4: gone when the job began"):
+        nvflare_app.Server(config, ["site-1", "site-2", "site-3", "site-4"]).run()
+    assert "error: site-3, site-4" in caplog.text and not (tmp_path / "run").exists()

@@ -266,6 +266,7 @@ def _here(kit: Path) -> None:
 def write_job(folder: Path, config: RunConfig, sites: Sequence[str]) -> None:
     """A job in ``folder``: settings for the server, nothing but the name of a class for the sites."""
     collab = "nvflare.collab.runtime"
+    names = sorted(sites)
     # NVFlare looks for components and expressions of its own in settings: there is none in letters and digits.
     text = base64.b64encode(json.dumps(plain(config)).encode()).decode()
     server = {
@@ -273,7 +274,9 @@ def write_job(folder: Path, config: RunConfig, sites: Sequence[str]) -> None:
         "workflows": [
             {"id": "rounds", "path": f"{collab}.controller.CollabController", "args": {"server_obj_id": "unfed"}}
         ],
-        "components": [{"id": "unfed", "path": "unfed.app.nvflare_app.Server", "args": {"config": text}}],
+        "components": [
+            {"id": "unfed", "path": "unfed.app.nvflare_app.Server", "args": {"config": text, "sites": names}}
+        ],
     }
     executor = {"path": f"{collab}.executor.CollabExecutor", "args": {"client_obj_id": "unfed"}}
     site = {
@@ -281,9 +284,9 @@ def write_job(folder: Path, config: RunConfig, sites: Sequence[str]) -> None:
         "executors": [{"tasks": ["*"], "executor": executor}],
         "components": [{"id": "unfed", "path": "unfed.app.nvflare_app.Site", "args": {}}],
     }
-    names = sorted(sites)
     deploy = {"server": ["server"], "site": names}
-    meta = {"name": config.task_name, "resource_spec": {}, "min_clients": len(names), "deploy_map": deploy}
+    # With more than one NVFlare ends a job whose sites become fewer; how many a round needs is the run's to say.
+    meta = {"name": config.task_name, "resource_spec": {}, "min_clients": 1, "deploy_map": deploy}
     for place, body in (("server/config/config_fed_server", server), ("site/config/config_fed_client", site)):
         (folder / place).parent.mkdir(parents=True)
         write_json(folder / f"{place}.json", body)

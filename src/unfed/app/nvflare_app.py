@@ -27,10 +27,11 @@ _DENIED = re.compile(r"is not authorized for '(\w+)'")
 
 
 class Server:
-    """The server's part of a job: the rounds. ``config``: :func:`unfed.app.rundir.plain` of a run, JSON in base64."""
+    """The server's part of a job: the rounds. ``config``: :func:`unfed.app.rundir.plain` of a run, JSON in base64;
+    ``sites``: those that it was submitted for."""
 
-    def __init__(self, config: str) -> None:
-        self._config = config
+    def __init__(self, config: str, sites: list[str]) -> None:
+        self._config, self._sites = config, sites
 
     @collab.main
     def run(self) -> None:
@@ -47,6 +48,8 @@ class Server:
                 if not below(outputs, config.paths.output_dir):
                     raise UnfedError(f"{config.paths.output_dir} is not below {outputs} (outputs of {place})")
                 link = CollabLink(patience_of(config))
+                if lacking := sorted(set(self._sites) - set(link.sites())):
+                    raise UnfedError(f"{', '.join(lacking)}: gone when the job began; submit it again once it is back")
                 run(config, NetworkFleet(link, link.sites()))
             except UnfedError as e:
                 log.error("error: %s", e)

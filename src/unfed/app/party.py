@@ -15,6 +15,11 @@ from types import FrameType
 
 from unfed.base.stopping import STOPS
 
+SECONDS = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "60", "NVFLARE_STREAMING_RETRY_TIMEOUT": "30"}
+"""NVFlare's own, where the environment does not say otherwise. The first: how long the server waits, once the rounds
+are over, for each site to say how its part ended; with 15 minutes a lost site would keep the next job waiting. The
+second: how long an answer is sent again, and remembered by whoever got it, at the cost of a thread; with 60 the
+server has a thousand of them at 100 MB a round."""
 WORDS = {
     "server": "A run that was under way goes on from its last finished round once server and sites are there again: "
     "the same unfed network submit with resume=true",
@@ -31,6 +36,7 @@ def _end(number: int, _frame: FrameType | None) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run NVFlare's module as the main program."""
     module, *rest = argv
+    os.environ.update({name: seconds for name, seconds in SECONDS.items() if name not in os.environ})
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
