@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from echo import rounds_of
+from process import resident
 
 
 class Echo:
@@ -41,8 +42,8 @@ class Echo:
 
 
 def _rounds(transport: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
-    names = [f"client_{n}" for n in range(given.workers)]
-    return [rounds_of(transport, megabytes, names, given.rounds) for megabytes in given.megabytes]
+    names, idle = [f"client_{n}" for n in range(given.workers)], resident()
+    return [rounds_of(transport, megabytes, names, given.rounds, idle=idle) for megabytes in given.megabytes]
 
 
 def in_process(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -105,6 +106,7 @@ def main() -> None:
             entry["median"] = statistics.median(entry["seconds"])
             grown = entry["peak_over_idle"] / 1e6
             told = f"{entry['median']:.3f} s a round, server's peak {grown:.0f} MB over idle"
+            told += f", {entry['shared'] / 1e6:.0f} MB shared at the end"
             print(f"{name}, {entry['megabytes']:g} MB: {told}", flush=True)
     if given.output:
         given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

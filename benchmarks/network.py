@@ -51,6 +51,7 @@ def run(sizes: list[float], rounds: int, place: Path) -> list[dict[str, Any]]:
     """Inside ``@collab.main``: seconds of each round (the first one apart), CPU seconds of a round at all parties, and
     the peak over idle, by size."""
     from echo import rounds_of
+    from process import resident
 
     from unfed.federated.messages import broadcast_message
     from unfed.federated.nvflare import CollabLink
@@ -59,11 +60,14 @@ def run(sizes: list[float], rounds: int, place: Path) -> list[dict[str, Any]]:
     link = CollabLink(Patience())
     head = {"do": "fit", "num_examples": 1, "metrics": {}, "nbytes": None}
     remote = Remote(link, lambda _, broadcast, client: broadcast_message(head, broadcast, client), Patience())
-    found, cpu = [], [0.0]
+    found, cpu, idle = [], [0.0], resident()
+
+    def begins(number: int) -> None:
+        if number == 1:
+            cpu.append(spent(place))
+
     for megabytes in sizes:
-        entry = rounds_of(
-            remote, megabytes, link.sites(), rounds, lambda n: cpu.append(spent(place)) if n == 1 else None
-        )
+        entry = rounds_of(remote, megabytes, link.sites(), rounds, idle=idle, begins=begins)
         found.append({**entry, "cpu": (spent(place) - cpu[-1]) / rounds})
     return found
 

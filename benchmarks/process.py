@@ -23,7 +23,7 @@ def peaks() -> dict[str, int]:
     return found
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
+def resident(kind: str = "VmRSS") -> int:
+    """Bytes of this process in memory now; with ``RssShmem`` those that it shares with others and no file backs."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+    return int(status.split(f"{kind}:")[1].split()[0]) * 1024

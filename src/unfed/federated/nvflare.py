@@ -6,7 +6,10 @@ would notice a killed site only at the call's end.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +43,18 @@ def _without_bytes_in_logs() -> None:
 _without_bytes_in_logs()
 
 
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library can (glibc).
+
+    The pieces of a message and NVFlare's copies are freed in the heaps of many threads, where few of their gaps are
+    of use to the next ones: without this a server at 100 MB holds half as much again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    gc.collect()
+    if trim is not None:
+        trim(0)
+
+
 class CollabLink:
     """A :class:`unfed.federated.remote.Link`; to be used inside ``@collab.main``, in its own thread.
 
@@ -49,6 +64,8 @@ class CollabLink:
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
+        gc.collect()
+        gc.freeze()
 
     @staticmethod
     def sites() -> list[str]:
@@ -65,6 +82,7 @@ class CollabLink:
                 self._call(client_id, self._patience.transfer(PIECE), "put", data=now, first=first)()
                 del piece[:PIECE]
                 first = False
+                _give_back()
         return self._call(client_id, self._patience.transfer(len(piece)), "begin", data=bytes(piece), first=first)
 
     def state(self, client_id: str, ticket: int, wait: float) -> State:
@@ -79,9 +97,11 @@ class CollabLink:
         """See the protocol. Pieces are fetched as they are read."""
 
         def fetch(offset: int) -> bytes:
-            timeout = self._patience.transfer(min(PIECE, nbytes - offset))
-            found = self._call(client_id, timeout, "answer", ticket=ticket, offset=offset)()
-            if not isinstance(found, bytes) or not found or offset + len(found) > nbytes:
+            if offset:
+                _give_back()
+            most = min(PIECE, nbytes - offset)
+            found = self._call(client_id, self._patience.transfer(most), "answer", ticket=ticket, offset=offset)()
+            if not isinstance(found, bytes) or not 0 < len(found) <= most:
                 raise MessageError("the site's answer is no message")
             return found
 

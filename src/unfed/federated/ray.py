@@ -168,7 +168,10 @@ def _sized(place: Place) -> tuple[int, float]:
 
 def _packed(message: Message) -> np.ndarray:
     """A message's bytes ``(n,)``, uint8: of an array Ray makes no copy when it is read."""
-    return np.frombuffer(message.pack(), dtype=np.uint8)
+    whole = bytearray()  # grows in place, where joined parts would be there twice
+    for part in message.parts():
+        whole += part
+    return np.frombuffer(whole, dtype=np.uint8)
 
 
 class _Bytes:

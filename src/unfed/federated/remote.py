@@ -97,7 +97,9 @@ class Remote:
                 log.warning("client %s failed in round %d: %s", client, task.round + 1, e)
                 yield ClientFailure(client, str(e))
                 continue
+            del answer  # neither may stay in memory beside the next one
             yield update
+            del update
 
     def ask(self, messages: Iterable[tuple[str, Message]]) -> Iterator[tuple[str, Message | ClientError]]:
         """Send every client its message and yield the answers in the same order."""
@@ -112,6 +114,7 @@ class Remote:
                 yield client, e
                 continue
             yield client, answer
+            del answer  # or it would stay in memory beside the next one
 
     def _begun(self, messages: Iterable[tuple[str, Message]]) -> list[tuple[str, int | ClientError]]:
         """All clients at work: their tickets, or what went wrong. Few bytes are on their way at a time."""
