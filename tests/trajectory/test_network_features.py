@@ -81,6 +81,8 @@ FINETUNING = {
     | {"partition": PartitionConfig(ranks=(4, 2, 1))},
     "median": {"robust": RobustConfig("median")},
     "trimmed_mean": {"robust": RobustConfig("trimmed_mean", {"trim": 0.34})},
+    "krum": {"robust": RobustConfig("krum", {"num_byzantine": 0})},
+    "multi_krum": {"robust": RobustConfig("multi_krum", {"num_byzantine": 0, "m": 2})},
     "norm_clipping": {"robust": RobustConfig("norm_clipping")},
     "screening": {"robust": RobustConfig("screening", max_norm_ratio=3.0)},
     "sampling": {
