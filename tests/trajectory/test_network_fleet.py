@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,13 +15,18 @@ from unfed.app.network_fleet import for_sites
 from unfed.app.rundir import plain
 from unfed.app.runs import run
 from unfed.app.site import Site, site_config
-from unfed.app.worker import read_config
+from unfed.app.tasks import task_message
+from unfed.app.worker import Worker, read_config
 from unfed.base.artifacts import read_json, read_tensors
 from unfed.base.errors import ConfigError, UnfedError
-from unfed.base.types import AdapterState
+from unfed.base.types import AdapterState, Broadcast
 from unfed.config.schema import EngineConfig, ForgetConfig, MethodConfig, PartitionConfig, RecipeConfig
 from unfed.config.site import SiteFile
+from unfed.data.chat import EncodedExample
+from unfed.federated.client import ClientData
 from unfed.federated.messages import Message
+from unfed.federated.schedule import FitTask, Phase, Work
+from unfed.objectives.registry import OBJECTIVES
 
 NETWORK = EngineConfig("nvflare", timeout=60.0)
 SITES = ("north", "south", "west")
@@ -183,6 +190,63 @@ def test_a_site_refuses_to_train_on_few_rows_and_the_round_goes_on(small_run, fl
     result = run(small_run("finetune", tmp_path / "ft", engine=NETWORK), fleet({"west": {"smallest_share": 7}})[0])
     assert result.records[0].clients == ("north", "south")
     assert result.records[0].failures == {"west": "it does not train on fewer than 7 rows (smallest_share)"}
+
+
+def test_one_row_named_often_does_not_pass_for_many(small_run, fleet, tmp_path):
+    """A server that names one row of a site seven times, and would get an update of that row."""
+    network, link = fleet({"west": {"smallest_share": 3}})
+    begin = link.begin
+
+    def greedy(client_id, message):
+        if message.head["do"] == "open" and client_id == "west":
+            row = message.head["own"][0]
+            chosen = {split: [row] * 7 * (split == "train") for split in message.head["rows"]}
+            message = Message({**message.head, "rows": chosen, "own": [row] * 7}, message.states)
+        return begin(client_id, message)
+
+    link.begin = greedy
+    with pytest.raises(UnfedError, match="west: the server names a row twice"):
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK), network)
+
+
+def test_few_forget_rows_are_not_hidden_by_many_retain_rows(small_base, site_data):
+    """Whichever of the two a server makes an epoch of: an update is made of both."""
+    site = Site("north", SiteFile(str(site_data["north"]), str(small_base), ("locuslab/TOFU",), smallest_share=3))
+    row, state = EncodedExample((1, 2), (1, 2), 1), AdapterState({"x": torch.ones(1)})
+    rows = {"forget": [row], "retain": [row] * 9, "train": [row] * 9}
+    client = SimpleNamespace(data={"north": ClientData("north", rows)})
+    site._worker = Worker(client, state)  # pyright: ignore[reportArgumentType]
+    objective = OBJECTIVES["GradDiff"]()
+    for driver in ("retain", "forget"):
+        task = FitTask(Phase("p", 1, {"north": Work(driver, objective, 1.0)}), 0, 0)
+        answer = site.answer(task_message(task, Broadcast(state), "north"))
+        assert answer.head == {"refused": "it does not train on fewer than 3 rows (smallest_share)"}
+
+
+@pytest.mark.parametrize("rows", [None, "ids", {"train": 5}, {"train": "abc"}, {"train": [7]}, {"train": ["a", "a"]}])
+def test_a_site_that_describes_its_rows_otherwise_is_named(small_run, fleet, tmp_path, rows):
+    network, link = fleet()
+    begin = link.begin
+
+    def odd(client_id, message):
+        ticket = begin(client_id, message)
+        if client_id == "south":
+            told = Message.unpack(link.results[client_id])
+            link.results[client_id] = Message({**told.head, "rows": rows}).pack()
+        return ticket
+
+    link.begin = odd
+    with pytest.raises(UnfedError, match="south names its rows by something else than ids, or one of them twice"):
+        run(small_run("finetune", tmp_path / "ft", engine=NETWORK), network)
+
+
+def test_a_loss_that_is_no_number_is_left_out_of_what_a_site_measures(small_run, fleet, monkeypatch, tmp_path):
+    """JSON has none: the answer could not be written, and the site's process ended of it."""
+    monkeypatch.setattr("unfed.app.site.avg_loss", lambda scores: np.array([np.nan]))
+    network, _ = fleet()
+    result = run(small_run("finetune", tmp_path / "ft", engine=NETWORK), network)
+    told = read_json(result.directory / "run.json")["sites"]
+    assert set(told) == set(SITES) and told["north"]["train"] == {"rows": 6}
 
 
 def test_an_error_at_a_site_travels_as_its_name_alone(small_run, fleet, monkeypatch, tmp_path):

@@ -127,3 +127,23 @@ def alive(pid):
             return f.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+REFUSES = """
+from unfed.federated.child import serve
+from unfed.federated.messages import Message
+serve(lambda message: Message({"loss": float("nan")} if message.head.get("do") == "nan" else {"well": True}))
+"""
+
+
+def test_no_message_and_no_answer_ends_a_child():
+    """What it has opened would go with it: the base model, and the rows."""
+    made = Child([sys.executable, "-c", REFUSES])
+    try:
+        assert Message.unpack(made.ask(message("x"))).head == {"well": True}
+        pid = made.pid
+        assert "no message" in Message.unpack(made.ask(message("x") + b"more")).head["refused"]
+        assert Message.unpack(made.ask(message("nan"))).head == {"refused": "its answer cannot be written"}
+        assert Message.unpack(made.ask(message("x"))).head == {"well": True} and made.pid == pid
+    finally:
+        made.stop()

@@ -201,3 +201,67 @@ def test_work_made_of_anything_else_is_neither_sent_nor_made():
         read_task(altered(state="part9"), STATE)
     with pytest.raises(MessageError, match="no task"):
         read_task(Message({**good.head, "phase_round": 1}, good.states), STATE)
+
+
+def raw(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['"\\ud800"', '{"\\udfff": 1}', "NaN", "-Infinity", "1e999", "1" + "0" * 40, "[" * 70 + "]" * 70, "[[" * 5000],
+    ids=["half a pair", "in a name", "NaN", "infinite", "too large", "a long number", "deep", "very deep"],
+)
+def test_a_head_that_could_not_be_counted_with_or_written_is_refused(value):
+    """Each would have ended the server's run where it was compared, printed or written to the record."""
+    data = raw(f'{{"head": {{"refused": {value}}}, "states": []}}')
+    for read in (Message.unpack, Message.peek):
+        with pytest.raises(MessageError):
+            read(data)
+    assert Message.unpack(raw('{"head": {"é": "\\ud83d\\ude00", "n": [1, 2.5, null, true]}, "states": []}')).head
+
+
+def tensor_file(name: str, dtype: str, nbytes: int) -> bytes:
+    header = json.dumps({name: {"dtype": dtype, "shape": [4], "data_offsets": [0, nbytes]}}).encode()
+    return struct.pack("<Q", len(header)) + header + b"\1" * nbytes
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("F8_E4M3", 4), ("C64", 32), ("F4", 2), ("U64", 32)])
+def test_a_tensor_of_a_dtype_that_nobody_sends_is_refused(dtype, nbytes):
+    """Not all of torch's dtypes can be summed up to see whether they are finite."""
+    blob = tensor_file("x", dtype, nbytes)
+    with pytest.raises(MessageError):
+        Message.unpack(raw('{"head": {}, "states": [["s", 1]]}') + struct.pack("<Q", len(blob)) + blob)
+
+
+def test_a_tensor_or_state_that_comes_twice_and_a_count_that_is_none_are_refused():
+    blob = tensor_file("x", "F32", 16)
+    piece = struct.pack("<Q", len(blob)) + blob
+    assert list(Message.unpack(raw('{"head": {}, "states": [["s", 1]]}') + piece).states["s"]) == ["x"]
+    for states, pieces in (('[["s", 2]]', 2), ('[["s", 1], ["s", 1]]', 2), ('[["s", true]]', 1), ('[["s", -1]]', 0)):
+        with pytest.raises(MessageError):
+            Message.unpack(raw(f'{{"head": {{}}, "states": {states}}}') + piece * pieces)
+
+
+@pytest.mark.parametrize("value", [{"loss": True}, {"loss": float("nan")}])
+def test_metrics_that_are_no_numbers_are_refused(value):
+    message = update_message(ClientUpdate("c", STATE, 7))
+    with pytest.raises(MessageError, match="metrics"):
+        read_update(Message({**message.head, "metrics": value}, message.states), "c")
+
+
+def test_fewer_than_no_bytes_cannot_have_travelled():
+    message = update_message(ClientUpdate("c", STATE, 7))
+    with pytest.raises(MessageError, match="nbytes is -5"):
+        read_update(Message({**message.head, "nbytes": -5}, message.states), "c")
+
+
+@pytest.mark.parametrize("head", [{"round": -1}, {"round": 100_000}, {"phase_round": 9}, {"rounds": 0}])
+def test_a_round_that_no_run_has_is_refused(head):
+    """What a client keeps has the round in its name: of five digits, or it would never be found and deleted."""
+    from unfed.app.tasks import read_work, work_of
+
+    made, states = work_of(FitTask(Phase("p", 9, {"c": Work("train", NLL(), 1.0)}), 3, 2), "c")
+    assert read_work(Message(made, states), "c").round == 3
+    with pytest.raises(MessageError, match="no task"):
+        read_work(Message({**made, **head}, states), "c")

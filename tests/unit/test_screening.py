@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,6 +44,22 @@ def test_dtypes_and_example_counts_are_held_to_what_is_known() -> None:
         "client_1": "update dropped: num_examples is 13, and by the partition the client has 12",
         "client_2": f"update dropped: {A} is float16, not float32",
         "client_4": "RuntimeError: no",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64])
+def test_other_dtypes_are_refused_before_anything_is_counted_in_them(dtype) -> None:
+    """torch cannot sum up all of them, and a control variate would be added to the server's as it is."""
+    odd = AdapterState({A: START[A].to(dtype), B: START[B]})
+    fair = update("client_0", 1.0, 12)
+    screening = Screening(Broadcast(START, control=START))
+    sound = replace(update("client_2", 1.0, 1), control=START)
+    answers = [ClientUpdate("client_1", odd, 1), replace(fair, control=odd), sound]
+    assert [u.client_id for u in screening.usable(answers)] == ["client_2"]
+    name = str(dtype).removeprefix("torch.")
+    assert screening.failures == {
+        "client_1": f"update dropped: {A} is {name}, not float32",
+        "client_0": f"update dropped: control variate: {A} is {name}, not float32",
     }
 
 

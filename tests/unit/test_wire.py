@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 
 import pytest
 import torch
 from safetensors.torch import load, save
 
 from unfed.aggregation.registry import build_aggregator
+from unfed.app.wire import ServerEnd
 from unfed.base.errors import ConfigError
 from unfed.base.params import hyperparameters
 from unfed.base.types import SERVER, AdapterState, Broadcast, ClientUpdate, ServerState
+from unfed.federated.messages import Message, MessageError, update_message
 from unfed.federated.rounds import RoundsConfig, RunKeeper, run_rounds
 from unfed.federated.schedule import FitTask, Phase, Schedule, Work
 from unfed.federated.store import ClientStore
@@ -326,3 +330,26 @@ def test_what_the_server_trains_itself_does_not_travel():
     update = Wired(fit_of(by, seen), ClientEnd(Int8(down="bfloat16")))(task(), sent, SERVER)
     assert seen[0] is sent and update.nbytes is None and update.nbytes_down is None
     assert torch.equal(update.adapter[A], START[A] + 0.3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"), [("F4", [4], 2), ("F32", [2**63, 0], 0), ("F8_E4M3", [5], 5), ("F32", [4], 16)]
+)
+@pytest.mark.parametrize("name", sorted(WIRES))
+def test_a_change_that_is_none_fails_its_client_and_no_more(name, dtype, shape, nbytes):
+    """safetensors knows dtypes that torch, or we, do not; what is raised of them must not end the run."""
+    header = json.dumps({"values": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}).encode()
+    data = struct.pack("<Q", len(header)) + header + b"\1" * nbytes
+    broadcast = Broadcast(AdapterState({A: torch.zeros(1, 3), B: torch.zeros(2, 1)}))
+    message = update_message(ClientUpdate("c", broadcast.adapter, 1), data)
+    with pytest.raises(MessageError, match=f"is not what wire={name} makes"):
+        ServerEnd(build_wire(name, {})).decode(Message.unpack(message.pack()), broadcast, "c")
+
+
+def test_more_bytes_than_the_tensors_have_cannot_have_travelled():
+    broadcast = Broadcast(AdapterState({A: torch.zeros(1, 3)}))
+    for nbytes in (None, 0, 12):
+        message = update_message(ClientUpdate("c", broadcast.adapter, 1, nbytes=nbytes))
+        assert ServerEnd(Float32()).decode(message, broadcast, "c").nbytes == nbytes
+    with pytest.raises(MessageError, match="nbytes is 13"):
+        ServerEnd(Float32()).decode(update_message(ClientUpdate("c", broadcast.adapter, 1, nbytes=13)), broadcast, "c")

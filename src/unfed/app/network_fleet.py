@@ -81,7 +81,7 @@ class NetworkFleet(Fleet):
         self._remote = Remote(self._link, task_message, patience_of(config))
         told = self._ask({site: Message({"do": "describe", "config": for_sites(config)}) for site in self._sites})
         refuse_other_versions({s: m.get("versions", dict) for s, m in told.items()}, strict=config.engine.same_versions)
-        self._rows = {site: _ids(message) for site, message in told.items()}
+        self._rows = {site: _ids(site, message) for site, message in told.items()}
         _refuse_twice(self._rows)
         if config.trainer is not None and config.trainer.method_args.target_client_idx is None:
             given = replace(config.trainer.method_args, target_client_idx="all")
@@ -202,11 +202,12 @@ def _probabilities(measured: Mapping[str, Any]) -> str:
     return f"mean probability of its answers: {', '.join(parts) or 'not told'}"
 
 
-def _ids(message: Message) -> dict[str, list[str]]:
-    rows = message.get("rows", dict)
-    found = {split: list(rows.get(split, [])) for split in _SPLITS}
-    if not all(isinstance(i, str) for ids in found.values() for i in ids):
-        raise UnfedError("a site names rows by something else than ids")
+def _ids(site: str, message: Message) -> dict[str, list[str]]:
+    rows = message.head.get("rows")
+    found: dict[str, Any] = {s: rows.get(s, []) if isinstance(rows, dict) else None for s in _SPLITS}
+    for ids in found.values():
+        if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids) or len(set(ids)) < len(ids):
+            raise UnfedError(f"{site} names its rows by something else than ids, or one of them twice")
     return found
 
 

@@ -7,6 +7,7 @@ row, no path and no text of an error leaves it, only what is written here to be 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from unfed.app.tasks import read_task
 from unfed.app.wire import client_end
 from unfed.app.worker import Worker, make_client, make_local, read_config
 from unfed.base.errors import UnfedError
-from unfed.base.types import Example
+from unfed.base.types import Example, Split
 from unfed.config.schema import RunConfig
 from unfed.config.site import SiteFile, read_site_file
 from unfed.data.datasets import local_rows
@@ -156,9 +157,10 @@ class Site:
         task, _, client = read_task(message, self._worker.opened)
         if client != self.name:
             raise MessageError(f"the task is for {client[:80]!r}")
-        split = task.phase.work[client].rows
-        rows = len(self._worker.client.data[client].splits.get(split, ()))
-        if rows < self.file.smallest_share:
+        work, splits = task.phase.work[client], self._worker.client.data[client].splits
+        # Of every kind of row that the work takes: many of one kind do not hide few of another.
+        taken: set[Split] = {*work.objective.needs.splits, work.rows}
+        if any(len(splits.get(s, ())) < self.file.smallest_share for s in taken):
             raise TellError(f"it does not train on fewer than {self.file.smallest_share} rows (smallest_share)")
         return self._worker.answer(message)
 
@@ -181,11 +183,14 @@ class Site:
                 continue
             with inference(self._loaded.model):
                 losses = avg_loss(score(given, rows, [False] * len(rows)))
-            found[split] = {"rows": len(rows), "loss": float(losses.mean()), "probability": float(prob(losses).mean())}
+            told = {"loss": float(losses.mean()), "probability": float(prob(losses).mean())}
+            found[split] = {"rows": len(rows), **{k: v for k, v in told.items() if math.isfinite(v)}}
         return Message({"measured": found})
 
 
 def _chosen(there: Mapping[str, Example], ids: Sequence[Any]) -> tuple[Example, ...]:
+    if len(set(ids)) < len(ids):
+        raise TellError("the server names a row twice")  # or one row could be made to look like many
     lacking = sum(i not in there for i in ids)
     if lacking:
         raise TellError(f"{lacking} of {len(ids)} rows that the server names are not among its rows any more")

@@ -25,6 +25,8 @@ PARTS: Mapping[str, type[Any]] = MappingProxyType(
     {**OBJECTIVES, **WRAPPERS, **{cls.__name__: cls for cls in (Proximal, Pruning, Distill, Ball)}}
 )
 """What a client's work is made of."""
+MOST_ROUNDS = 100_000
+"""Of a run; what is kept by round has names of five digits."""
 _CLASS = "is"
 _STATE = "state"
 
@@ -55,7 +57,7 @@ def read_work(message: Message, client_id: str) -> FitTask:
     """The task of :func:`work_of`. Raises what :func:`read_task` raises."""
     number, rounds, phase_round = (message.get(key, int) for key in ("round", "rounds", "phase_round"))
     work = _made(message.get("work", dict), message.states)
-    if not isinstance(work, Work) or not 0 <= phase_round < rounds:
+    if not isinstance(work, Work) or not 0 <= phase_round < rounds or not 0 <= number < MOST_ROUNDS:
         raise MessageError("the message is no task")
     return FitTask(Phase(message.get("phase", str), rounds, {client_id: work}), number, phase_round)
 

@@ -60,9 +60,11 @@ class ServerEnd:
     def decode(self, message: Message, broadcast: Broadcast, client_id: str) -> ClientUpdate:
         """See :data:`unfed.federated.remote.Decode`."""
         update, data = read_update(message, client_id), packed_change(message)
+        if data is None and update.nbytes is not None and update.nbytes > update.adapter.nbytes:
+            raise MessageError(f"the answer's nbytes is {update.nbytes}, more than its tensors have")
         try:
             update = update if data is None else received_update(self.wire, update, data, broadcast)
-        except (ValueError, safetensors.SafetensorError) as e:
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:  # safetensors knows other dtypes
             raise MessageError(f"its change is not what wire={self.wire.name} makes: {str(e)[:200]}") from e
         down = self._down.get(client_id)
         return update if down is None else counted(update, down, broadcast)

@@ -111,7 +111,17 @@ def serve(answer: Callable[[Message], Message]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     source: BinaryIO = sys.stdin.buffer
     while (data := read_frame(source)) is not None:
-        write_frame(pipe, answer(Message.unpack(data)).pack())
+        write_frame(pipe, _packed_answer(answer, data))
+
+
+def _packed_answer(answer: Callable[[Message], Message], data: bytes) -> bytes:
+    """No message ends the child, with what it has opened: one that is none is refused, and so is an answer that cannot
+    be written."""
+    try:
+        return answer(Message.unpack(data)).pack()
+    except (MessageError, ValueError) as e:
+        said = str(e) if isinstance(e, MessageError) else "its answer cannot be written"
+        return Message({"refused": said}).pack()
 
 
 @dataclass

@@ -29,6 +29,12 @@ LARGEST_HEAD = 16 * 2**20
 """Bytes of JSON that are read at most: the ids of some hundred thousand rows."""
 LARGEST = 4 * 2**30
 """Bytes of a message that are read at most, where nobody says otherwise."""
+DEEPEST, BITS = 64, 64
+"""Lists and objects of a head within one another; what is written to a record is written with less care than it is
+read; and bits of its whole numbers."""
+FLOATS, WHOLE = ("float64", "float32", "float16", "bfloat16"), ("int64", "int32", "int16", "int8", "uint16", "uint8")
+KNOWN_DTYPES = frozenset(getattr(torch, name) for name in (*FLOATS, *WHOLE, "bool"))
+"""Dtypes of tensors that are read: those of an adapter, a wire, and rows. Not all of torch's can be looked at."""
 DOWN, UP = "down", "up"
 """Names of what the format of a wire has made of a broadcast and of a client's change: bytes, as one tensor."""
 _LENGTH = struct.Struct("<Q")
@@ -80,7 +86,7 @@ class Message:
         if length > min(LARGEST_HEAD, len(data) - _LENGTH.size):
             raise MessageError("the message is cut short")
         try:
-            head = json.loads(bytes(data[_LENGTH.size : _LENGTH.size + length]))["head"]
+            head = _said(bytes(data[_LENGTH.size : _LENGTH.size + length]))["head"]
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise MessageError(f"these bytes are no message ({type(e).__name__})") from e
         if not isinstance(head, dict):
@@ -92,14 +98,17 @@ class Message:
         """The message that ``stream`` gives next. ``MessageError``: more than ``largest`` bytes, or no message."""
         left = [largest]
         try:
-            said = json.loads(_sized(stream, left, LARGEST_HEAD))
+            said = _said(_sized(stream, left, LARGEST_HEAD))
             head, states = said["head"], {}
             for name, count in said["states"]:
-                if not isinstance(name, str) or not isinstance(count, int):
+                if not isinstance(name, str) or type(count) is not int or count < 0 or name in states:
                     raise MessageError("these bytes are no message (states)")
                 tensors: dict[str, Tensor] = {}
                 for _ in range(count):
-                    tensors |= safetensors.torch.load(_sized(stream, left, largest))
+                    more = safetensors.torch.load(_sized(stream, left, largest))
+                    if more.keys() & tensors or any(t.dtype not in KNOWN_DTYPES for t in more.values()):
+                        raise MessageError("these bytes are no message (tensors)")
+                    tensors |= more
                 states[name] = AdapterState(tensors)
         except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as e:
             raise MessageError(f"these bytes are no message ({type(e).__name__})") from e
@@ -115,6 +124,32 @@ class Message:
         if stream.tell() != len(data):
             raise MessageError("these bytes are no message (something is left over)")
         return message
+
+
+def _said(text: bytes) -> Any:
+    """JSON that can be written again, and counted with: numbers are finite and have at most ``BITS``, text is Unicode
+    (no half of a surrogate pair), and it is not too deep. ``ValueError``: it is other."""
+    said = json.loads(text)
+    level, depth = [said], 0
+    while level:
+        depth += 1
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.values()
+                "".join(value).encode()  # UnicodeEncodeError is a ValueError
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str):
+                value.encode()
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number that is not finite")
+            elif isinstance(value, int) and value.bit_length() > BITS:
+                raise ValueError("a number that is too large")
+        if depth > DEEPEST:
+            raise ValueError("too deep")
+        level = below
+    return said
 
 
 def _sized(stream: BinaryIO, left: list[int], most: int) -> bytes:
@@ -217,9 +252,11 @@ def read_update(message: Message, client_id: str) -> ClientUpdate:
     if len(message.states.keys() & {"adapter", UP}) != 1 or message.states.keys() - {"adapter", UP, "control"}:
         raise MessageError("the answer brings no adapter")
     metrics = message.get("metrics", dict)
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in metrics.values()):
+    if not all(type(v) in (int, float) and math.isfinite(v) for v in metrics.values()):
         raise MessageError("the answer's metrics hold something else than numbers")
     count, nbytes = message.get("num_examples", int), message.get("nbytes", (int, type(None)))
+    if nbytes is not None and nbytes < 0:
+        raise MessageError(f"the answer's nbytes is {nbytes}")
     adapter, control = message.states.get("adapter", AdapterState({})), message.states.get("control")
     return ClientUpdate(client_id, adapter, count, metrics, nbytes, control)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from unfed.aggregation.adapters.base import Scaling
 from unfed.aggregation.adapters.ranks import padded
 from unfed.aggregation.geometry import Over, Space
-from unfed.base.types import SERVER, Broadcast, ClientFailure, ClientUpdate
+from unfed.base.types import SERVER, AdapterState, Broadcast, ClientFailure, ClientUpdate
 
 FEWEST = 3
 """Of two lengths the median is the mean, and says nothing about either."""
@@ -76,15 +76,9 @@ class Screening:
 
     def _problems(self, update: ClientUpdate) -> list[str]:
         like = self.sent.returned(update.client_id)
-        found = update.adapter.problems_against(like)
-        if update.adapter.dtypes != like.dtypes:
-            found += [
-                f"{n} is {_name(t.dtype)}, not {_name(like[n].dtype)}"
-                for n, t in update.adapter.items()
-                if n in like and t.dtype != like[n].dtype
-            ]
+        found = _unlike(update.adapter, like)
         if update.control is not None and self.sent.control is not None:
-            found += [f"control variate: {p}" for p in update.control.problems_against(self.sent.control)]
+            found += [f"control variate: {p}" for p in _unlike(update.control, self.sent.control)]
         known = self.settings.owned.get(update.client_id)
         if update.num_examples < 1:
             found.append(f"num_examples is {update.num_examples}")
@@ -117,6 +111,16 @@ class Screening:
 
     def _drop(self, client_id: str, reason: str) -> None:
         self.failures[client_id] = f"update dropped: {reason}"
+
+
+def _unlike(state: AdapterState, like: AdapterState) -> list[str]:
+    """Names, dtypes, shapes and values. Dtypes first: not all of torch's can be summed up."""
+    found = [
+        f"{n} is {_name(t.dtype)}, not {_name(like[n].dtype)}"
+        for n, t in state.items()
+        if state.dtypes != like.dtypes and n in like and t.dtype != like[n].dtype
+    ]
+    return found or state.problems_against(like)
 
 
 def _name(dtype: object) -> str:
