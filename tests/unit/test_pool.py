@@ -229,3 +229,30 @@ def test_a_round_that_is_given_up_leaves_no_work_behind():
     began = len(pool.began)
     assert ids(fit(transport, ("x", "y"))) == well("x", "y")
     assert [c for _, c in pool.began[began:]] == ["x", "y"] and len(pool.started) > 2
+
+
+def test_a_machine_that_goes_with_an_answer_costs_its_client_one_try():
+    """Its worker is dead too, and was free: given to it again, the client would have died twice of one fault."""
+
+    class Gone(Pool):
+        gone = None
+
+        def answer(self, handle):
+            if handle.client == "a" and self.gone is None:
+                self.gone = handle.worker
+                raise WorkerDiedError("its machine is gone")
+            return super().answer(handle)
+
+        def begin(self, worker, message, shared):
+            handle = super().begin(worker, message, shared)
+            if worker == self.gone:
+                self.dead.add(handle)
+            return handle
+
+        def start(self, worker):
+            self.gone = -1 if worker == self.gone else self.gone
+            return super().start(worker)
+
+    pool = Gone(1)
+    assert ids(fit(dealt(pool), ("a",))) == well("a")
+    assert pool.began == [(0, "a"), (0, "a")] and pool.started == [0, 0]

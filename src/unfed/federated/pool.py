@@ -150,10 +150,14 @@ class Dealt:
             found = round_.done.pop(client)
             if isinstance(found, ClientFailure):
                 return found
+            worker, handle = found
             try:
-                return self._pool.answer(found)
+                return self._pool.answer(handle)
             except WorkerDiedError as e:  # its machine went with the answer on it
                 round_.died(client, e)
+                if worker in self._free:  # or the client would be given to it again, and die a second time of one fault
+                    self._free.remove(worker)
+                    self._start(worker)
 
     def _collect(self, round_: _Round) -> None:
         """Wait for the next worker that is done or ready, or too late."""
@@ -178,7 +182,7 @@ class Dealt:
                 round_.died(given.client, e)
                 self._start(given.worker)
             else:
-                round_.done[given.client] = handle
+                round_.done[given.client] = (given.worker, handle)
                 self._free.append(given.worker)
 
     def _start(self, worker: int) -> None:
@@ -211,12 +215,13 @@ class Dealt:
 
 
 class _Round:
-    """Where the clients of one round are: waiting, running, or done (their answer's handle, or why there is none)."""
+    """Where the clients of one round are: waiting, running, or done (who has their answer, under which handle; or
+    why there is none)."""
 
     def __init__(self, waiting: deque[str]) -> None:
         self.waiting, self._order = waiting, {c: n for n, c in enumerate(waiting)}
         self.running: dict[Handle, _Given] = {}
-        self.done: dict[str, Handle | ClientFailure] = {}
+        self.done: dict[str, tuple[int, Handle] | ClientFailure] = {}
         self._deaths: Counter[str] = Counter()
 
     def may_begin(self, place: int, window: int) -> bool:
