@@ -362,12 +362,22 @@ def test_the_model_is_not_opened_where_ray_is_missing(small_run, monkeypatch, tm
     [
         ({"workers": 0}, "engine.workers=0: must be at least 1"),
         ({"threads": -1}, "engine.threads=-1: must be at least 1"),
-        ({"gpus_per_worker": 1.5}, "engine.gpus_per_worker=1.5: must be between 0 and 1, or a whole number"),
+        ({"gpus_per_worker": 1.5}, "engine.gpus_per_worker=1.5: must be 0, between 0.0001 and 1, or a whole number"),
         ({"address": "ray://head:10001"}, "Ray Client's ray:// is not supported"),
         ({"address": "head"}, "must be auto, or HOST:PORT"),
         ({"timeout": 0.0}, "engine.timeout=0"),
         ({"name": "inprocess", "workers": 2}, "engine.workers=2: is a setting of engine=ray"),
         ({"name": "nvflare", "address": "auto"}, "engine.address=auto: is a setting of engine=ray"),
+        ({"gpus_per_worker": 1e-9}, "engine.gpus_per_worker=1e-09: must be 0, between 0.0001 and 1"),
+        ({"workers": 10**23}, "must be at least 1, and at most 1024"),
+        ({"threads": 999_999_999}, "engine.threads=999999999: must be at least 1, and at most 1024"),
+        ({"address": "head:\u0663\u0663"}, "must be auto, or HOST:PORT"),
+        ({"timeout": 1e300}, "engine.timeout=1e+300: must be above 0, and at most 1e+09"),
+        ({"ping": 5.0}, "engine.ping=5: is a setting of engine=nvflare, and this run has engine=ray"),
+        ({"misses": 5}, "engine.misses=5: is a setting of engine=nvflare, and this run has engine=ray"),
+        ({"name": "inprocess", "rate": 5.0}, "engine.rate=5: is a setting of engine=nvflare"),
+        ({"name": "inprocess", "timeout": 5.0}, "engine.timeout=5: is a setting of engine=ray and engine=nvflare"),
+        ({"name": "inprocess", "same_versions": False}, "engine.same_versions=False: is a setting of engine=ray and"),
     ],
 )
 def test_settings_out_of_their_limits_are_refused(small_run, tmp_path, engine, words):

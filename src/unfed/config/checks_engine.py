@@ -6,8 +6,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from unfed.config.schema import FEDERATED_TRAINERS, RunConfig
+from unfed.config.schema import FEDERATED_TRAINERS, EngineConfig, RunConfig
 
+OF = {
+    ("workers", "gpus_per_worker", "threads", "address"): ("ray",),
+    ("ping", "misses", "rate"): ("nvflare",),
+    ("timeout", "same_versions"): ("ray", "nvflare"),
+}
+"""Settings, and whose they are."""
+LONGEST = 1e9
+"""Seconds that can be waited for: the clocks of systems and libraries end soon after."""
+MOST = 1024
+"""Workers, and threads of each. More threads than a machine can start end a process without a word."""
+SMALLEST_PART = 1e-4
+"""Of a GPU: Ray's own unit."""
 NOT_OVER_A_NETWORK = {
     "isolated": "its shards are trained on rows that it picks, and are served from one place",
     "distill": "it looks for retain rows near the forget rows, which would have to leave their sites",
@@ -24,29 +36,41 @@ def engine_settings(config: RunConfig) -> Iterator[str]:
         yield f"engine.keep_checkpoints={engine.keep_checkpoints}: must be at least 1"
     if engine.keep_every is not None and engine.keep_every < 1:
         yield f"engine.keep_every={engine.keep_every}: must be at least 1, or null for none but the last"
-    for key in ("timeout", "ping", "rate"):
+    for key in ("timeout", "ping"):
         value = getattr(engine, key)
-        if not 0 < value < math.inf:
-            yield f"engine.{key}={value:g}: must be above 0, and finite"
+        if not 0 < value <= LONGEST:
+            yield f"engine.{key}={value:g}: must be above 0, and at most {LONGEST:g}"
+    if not 1 <= engine.rate < math.inf:
+        yield f"engine.rate={engine.rate:g}: must be at least 1, and finite"
     if engine.misses < 1:
         yield f"engine.misses={engine.misses}: must be at least 1"
+    yield from _of_others(config)
     yield from _workers(config)
     if engine.name == "nvflare":
         yield from _network(config)
 
 
+def _of_others(config: RunConfig) -> Iterator[str]:
+    """Settings that this run's engine does not look at."""
+    engine, default = config.engine, EngineConfig()
+    for names, whose in OF.items():
+        for name in names if engine.name not in whose else ():
+            if (value := getattr(engine, name)) != getattr(default, name):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                engines = " and ".join(f"engine={w}" for w in whose)
+                yield f"engine.{name}={shown}: is a setting of {engines}, and this run has engine={engine.name}"
+
+
 def _workers(config: RunConfig) -> Iterator[str]:
     engine, key = config.engine, "engine=ray"
     if engine.name != "ray":
-        for name in ("workers", "gpus_per_worker", "threads", "address"):
-            if (value := getattr(engine, name)) is not None:
-                yield f"engine.{name}={value}: is a setting of {key}, and this run has engine={engine.name}"
         return
     for name in ("workers", "threads"):
-        if (value := getattr(engine, name)) is not None and value < 1:
-            yield f"engine.{name}={value}: must be at least 1"
-    if (gpus := engine.gpus_per_worker) is not None and not (0 <= gpus <= 1 or (gpus < math.inf and gpus % 1 == 0)):
-        yield f"engine.gpus_per_worker={gpus:g}: must be between 0 and 1, or a whole number"
+        if (value := getattr(engine, name)) is not None and not 1 <= value <= MOST:
+            yield f"engine.{name}={value}: must be at least 1, and at most {MOST}"
+    gpus = engine.gpus_per_worker
+    if gpus is not None and gpus != 0 and not (SMALLEST_PART <= gpus <= 1 or (1 < gpus < math.inf and gpus % 1 == 0)):
+        yield f"engine.gpus_per_worker={gpus:g}: must be 0, between {SMALLEST_PART:g} and 1, or a whole number"
     if (address := engine.address) is not None and address != "auto" and not _host_and_port(address):
         yield (
             f"engine.address={address}: must be auto, or HOST:PORT of a Ray cluster whose machine this is part of (Ray "
@@ -58,7 +82,7 @@ def _workers(config: RunConfig) -> Iterator[str]:
 
 def _host_and_port(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    return bool(host) and "://" not in address and port.isdecimal() and 0 < int(port) < 2**16
+    return bool(host) and "://" not in address and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
 
 
 def _network(config: RunConfig) -> Iterator[str]:

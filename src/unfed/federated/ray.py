@@ -80,9 +80,10 @@ class Place:
                 f"engine.workers={wanted}: there are {gpus_there:g} GPUs, and engine.gpus_per_worker={each:g}; take "
                 f"{room} workers, or fewer GPUs for each (0: on CPUs)"
             )
-        if wanted > cpus_there:
+        needed = min(wanted, max(1, self.most))
+        if needed > cpus_there:
             raise UnfedError(f"engine.workers={wanted}: the cluster has {cpus_there:g} CPUs, and each worker takes one")
-        return min(wanted, max(1, self.most)), each
+        return needed, each
 
 
 @contextmanager
@@ -130,7 +131,8 @@ def _begin(place: Place, own: str) -> None:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",
-            num_cpus=max(place.workers or 1, _gpus_here()),
+            # Ray starts as many idle processes at once.
+            num_cpus=max(min(place.workers or 1, max(1, place.most)), _gpus_here()),
             include_dashboard=False,
             object_store_memory=_store(place.memory),
             _temp_dir=own,
