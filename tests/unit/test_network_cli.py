@@ -45,8 +45,8 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, words, monkeypatch, capsys)
 
 
 def test_certificates_last_at_most_as_long_as_nvflares(tmp_path):
-    from unfed.app.network import read_project
     from unfed.base.errors import ConfigError
+    from unfed.config.project import read_project
 
     file = tmp_path / "PROJECT.yml"
     for days in (0, 361):
@@ -107,3 +107,108 @@ def test_a_job_that_begins_without_one_of_its_sites_is_refused(small_run, tmp_pa
     with pytest.raises(UnfedError, match="site-3, site-4: gone when the job began"):
         nvflare_app.Server(config, ["site-1", "site-2", "site-3", "site-4"]).run()
     assert "error: site-3, site-4" in caplog.text and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "holds no settings"),
+        (b"name: \xff\xfe\n", "is not valid YAML: 'utf-8' codec"),
+        (b"a: " + b"[" * 3000, "is not valid YAML"),
+        (b"port: 1" + b"0" * 5000, "is not valid YAML"),
+        (b"prot: 1", r"prot: no such setting; did you mean 'port'\? \(choices: admins"),
+        (b"port: 0", "port=0: must be from 1 to 65535"),
+        (b"port: 65536", "port=65536: must be from 1 to 65535"),
+        (b"host: 'https://x.org:80'", "host='https://x.org:80': must be the name of a machine"),
+        (b"host: ''", "host='': must be the name of a machine"),
+        (b"sites: [a.b]", "'a.b' is no name of a site"),
+        (b"sites: [server]", "server is the server's name in every job"),
+        (b"sites: [a, A]", "A stands there twice"),
+        (b"sites: [%s]" % (b"a" * 65), "at most 64 characters, and this one 65"),
+        (b"organisations: {sote: x}\nsites: [site]", r"organisations: sote is no party; did you mean 'site'\?"),
+        (b"organisations: {s: 'a b'}", "organisations: 'a b' is no name"),
+    ],
+)
+def test_a_project_that_cannot_be_is_refused_before_anything_is_made(text, words, tmp_path):
+    from unfed.base.errors import ConfigError
+    from unfed.config.project import read_project
+
+    file, given = tmp_path / "PROJECT.yml", {b"name": b"n", b"host": b"h", b"sites": b"[s]"}
+    lacking = [k + b": " + v for k, v in given.items() if text and not any(p.startswith(k) for p in text.split(b"\n"))]
+    file.write_bytes(b"\n".join([*(lacking if b"\xff" not in text else []), text]))
+    with pytest.raises(ConfigError, match=words):
+        read_project(file)
+
+
+def test_certificates_are_not_put_among_other_files(tmp_path, capsys):
+    """The workspace becomes private: somebody's home, or /tmp, must not."""
+    pytest.importorskip("nvflare")
+    project, other = tmp_path / "PROJECT.yml", tmp_path / "other"
+    project.write_text("name: n\nhost: h\nsites: [s]\n", encoding="utf-8")
+    other.mkdir(mode=0o755)
+    (other / "mine").write_text("x", encoding="utf-8")
+    for place, words in ((other, "holds other files"), (project, "File exists"), (project / "x", "Not a directory")):
+        assert main(["provision", str(project), "--workspace", str(place)]) == 2
+        assert words in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    assert other.stat().st_mode & 0o777 == 0o755 and [f.name for f in other.iterdir()] == ["mine"]
+
+
+def test_a_kit_that_was_damaged_is_named_and_left_as_it_is(tmp_path, capsys):
+    pytest.importorskip("nvflare")
+    for folder in ("startup", "local"):
+        (tmp_path / folder).mkdir()
+    files = {
+        "startup/fed_client.json": "{}",
+        "local/unfed.yml": "data_dir: d\nbase_model: b\ndatasets: [x]\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["start", str(tmp_path)]) == 2
+    assert "sub_start.sh cannot be read" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "startup" / "sub_start.sh").write_text("uid=a org=b", encoding="utf-8")
+    for text in (None, "{nope", "[]", '{"components": [{}]}'):
+        if text is not None:
+            (tmp_path / "local" / "resources.json").write_text(text, encoding="utf-8")
+        assert main(["start", str(tmp_path)]) == 2
+        assert "resources.json" in capsys.readouterr().err
+    assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--kit"], "argument --kit: expected one argument"),
+        (["--detach=3"], "argument --detach: ignored explicit argument '3'"),
+        (["--sites", "a,,b"], "--sites=a,,b: must be names of sites"),
+        (["--sites", "a,a"], "--sites=a,a: must be names of sites"),
+        (["--sites="], "--sites=: must be names of sites"),
+    ],
+)
+def test_a_wrong_submit_is_one_line_before_anybody_is_waited_for(argv, words, capsys):
+    pytest.importorskip("nvflare")
+    assert main(["submit", *argv]) == 2
+    assert words in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("largest_payload: .nan", "largest_payload=nan: must be at least 0.01 MB"),
+        ("largest_payload: .inf", "largest_payload=inf: must be at least 0.01 MB, and finite"),
+        ("largest_payload: 0", "largest_payload=0: must be at least 0.01 MB"),
+        ("smallest_share: 0", "smallest_share=0: must be at least 1"),
+        ("tasks: []", "name one each at least"),
+        ("smallest: 3", r"no such setting; did you mean 'smallest_share'\? \(choices: base_model"),
+        ("smallest_share: 1" + "0" * 5000, "is not valid YAML"),
+    ],
+)
+def test_a_sites_file_with_settings_that_do_nothing_is_refused(line, words, tmp_path):
+    from unfed.base.errors import ConfigError
+    from unfed.config.site import SiteFile, read_site_file
+
+    file = tmp_path / "local" / "unfed.yml"
+    file.parent.mkdir()
+    file.write_text(f"data_dir: d\nbase_model: b\ndatasets: [x]\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=words):
+        read_site_file(file, SiteFile)

@@ -15,18 +15,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from unfed.app.rundir import plain
-from unfed.base.artifacts import write_json
-from unfed.base.errors import ConfigError, UnfedError
-from unfed.base.params import STRICT
+from unfed.base.artifacts import read_json, write_json
+from unfed.base.errors import UnfedError
+from unfed.config.project import Project
 from unfed.config.schema import RunConfig
 from unfed.config.site import SITE_FILE, ServerFile, SiteFile, read_site_file
 
@@ -55,13 +53,9 @@ RIGHTS: Mapping[str, Any] = {
         "member": {"view": "any"},
     },
 }
-LONGEST_DAYS = 360
-"""Of a party's certificate, whatever the authority's: NVFlare's own limit."""
 SOON_DAYS = 30
 NO_LOGS = ("site_log_streamer", "log_receiver")
 """NVFlare's components that send logs of sites to the server, and take them there."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_PERSON = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}")
 
 SITE_TEMPLATE = """\
 # What this site has and permits. It stays here: no path in it is told to anybody. Relative to the kit's folder.
@@ -79,56 +73,20 @@ outputs: saves
 """
 
 
-@dataclass(frozen=True)
-class Project:
-    """``PROJECT.yml``: ``host`` and ``port`` at which the sites reach the server; ``sites``, ``admins`` (may submit
-    jobs) and ``members`` (may look on) by name. ``valid_days``: of the network's own certificate authority, and of
-    all certificates that are made with it."""
-
-    __pydantic_config__: ClassVar[Any] = STRICT
-    name: str
-    host: str
-    sites: tuple[str, ...]
-    port: int = 8002
-    admins: tuple[str, ...] = ("admin@example.org",)
-    members: tuple[str, ...] = ()
-    valid_days: int = 360
-    organisations: Mapping[str, str] = field(default_factory=dict)
-
-
-def read_project(path: Path) -> Project:
-    """``ConfigError`` with every problem."""
-    try:
-        project = TypeAdapter(Project).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as e:
-        raise ConfigError([f"{path}: {e.strerror or e}"]) from e
-    except yaml.YAMLError as e:
-        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(e).split())}"]) from e
-    except ValidationError as e:
-        raise ConfigError([f"{path}: {'.'.join(map(str, f['loc']))}: {f['msg']}" for f in e.errors()]) from e
-    bad = [n for n in (project.name, *project.sites) if _NAME.fullmatch(n) is None]
-    people = [*project.admins, *project.members]
-    problems = [f"{path}: {n!r} is no name (letters, digits, '-', '_', '.')" for n in bad]
-    problems += [f"{path}: {n!r} must look like an e-mail address" for n in people if _PERSON.fullmatch(n) is None]
-    everybody = [project.host, *project.sites, *people]
-    problems += [f"{path}: {n} stands there twice" for n in sorted({n for n in everybody if everybody.count(n) > 1})]
-    if not 1 <= project.valid_days <= LONGEST_DAYS:
-        why = f"a party's certificate lasts {LONGEST_DAYS} days at most"
-        problems.append(f"{path}: valid_days={project.valid_days}: must be from 1 to {LONGEST_DAYS} ({why})")
-    if problems or not project.sites or not project.admins:
-        raise ConfigError(problems or [f"{path}: a network has a site and an administrator at least"])
-    return project
-
-
 def provision(project: Project, workspace: Path) -> Path:
     """Make a startup kit for every party; the folder that holds them.
 
     The CA stays in ``workspace``: the same command with more sites in ``project`` makes kits of the same network.
     """
     need_nvflare()
-    workspace.mkdir(parents=True, exist_ok=True)
-    os.chmod(workspace, 0o700)
     described = workspace / "nvflare.yml"
+    try:
+        if workspace.is_dir() and any(workspace.iterdir()) and not described.is_file():
+            raise UnfedError(f"{workspace} holds other files: give --workspace a folder of the network's own")
+        workspace.mkdir(parents=True, exist_ok=True)
+        os.chmod(workspace, 0o700)
+    except OSError as e:
+        raise UnfedError(f"--workspace={workspace}: {e.strerror or e}") from e
     described.write_text(yaml.safe_dump(_described(project), sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", str(described), "-w", str(workspace), "--force"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own interpreter
@@ -235,31 +193,38 @@ def start_command(kit: Path) -> list[str]:
         raise UnfedError(f"{kit} is the kit of a person; give it to unfed network submit --kit")
     own = kit / "local" / SITE_FILE
     _ = read_site_file(own, ServerFile) if role == "server" else read_site_file(own, SiteFile)
+    told = ["secure_train=true", "config_folder=config", *_told(kit)]
+    _here(kit)
     for place in ("transfer", "jobs", "snapshots"):
         (kit / place).mkdir(mode=0o700, exist_ok=True)
-    _here(kit)
     app, file = ("server.server_train", "fed_server") if role == "server" else ("client.client_train", "fed_client")
     command = [sys.executable, "-u", "-m", "unfed.app.party", f"nvflare.private.fed.app.{app}"]
     command += ["-m", str(kit), "-s", f"{file}.json"]
-    told = ["secure_train=true", "config_folder=config", *_told(kit)]
     return [*command, "--set", *told]
 
 
 def _told(kit: Path) -> list[str]:
     """What NVFlare's own start script sets: the party's organisation and name."""
-    script = (kit / "startup" / "sub_start.sh").read_text(encoding="utf-8")
+    file = kit / "startup" / "sub_start.sh"
+    try:
+        script = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UnfedError(f"{file} cannot be read: the kit is not as unfed network provision made it") from e
     return sorted(set(re.findall(r"\b(?:org|uid)=[^\s\"']+", script)))
 
 
 def _here(kit: Path) -> None:
     """Absolute paths in the server's settings follow the kit to wherever it was moved."""
     file = kit / "local" / "resources.json"
-    resources = json.loads(file.read_text(encoding="utf-8"))
-    for component in resources.get("components", ()):
-        if component["id"] == "job_manager":
-            component["args"]["uri_root"] = str(kit / "jobs")
-    if "snapshot_persistor" in resources:
-        resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
+    resources = read_json(file)
+    try:
+        for component in resources.get("components", ()):
+            if component["id"] == "job_manager":
+                component["args"]["uri_root"] = str(kit / "jobs")
+        if "snapshot_persistor" in resources:
+            resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "snapshots")
+    except (AttributeError, KeyError, TypeError) as e:
+        raise UnfedError(f"{file}: is not as unfed network provision made it") from e
     write_json(file, resources)
 
 

@@ -62,7 +62,8 @@ def _with_nvflare(command: Callable[[Sequence[str]], int], argv: Sequence[str]) 
 
 
 def _provision(argv: Sequence[str]) -> int:
-    from unfed.app.network import provision, read_project, valid_until
+    from unfed.app.network import provision, valid_until
+    from unfed.config.project import read_project
 
     parser = _parser("provision")
     parser.add_argument("project", type=Path)
@@ -102,10 +103,11 @@ def _submit(argv: Sequence[str]) -> int:
     parser.add_argument("--config-name", default="train-lora.yaml")
     parser.add_argument("--sites")
     parser.add_argument("--detach", action="store_true")
-    given, overrides = parser.parse_known_args(list(argv))
+    given, overrides = _known(parser, argv)
+    named = _named(given.sites)
     config = _run_of([f"--config-name={given.config_name}", "engine=nvflare", *overrides], given.config_name)
     with session(_kit(given)) as opened, tempfile.TemporaryDirectory() as place:
-        sites = _sites(opened, given.sites.split(",") if given.sites else _expected(config), config)
+        sites = _sites(opened, named or _expected(config), config)
         write_job(Path(place) / "job", config, sites)
         job = opened.submit_job(str(Path(place) / "job"))
         print(f"job {job} on {', '.join(sites)}; the run: {config.paths.output_dir}", flush=True)
@@ -251,11 +253,23 @@ def _job(argv: Sequence[str], command: str) -> argparse.Namespace:
     return _parsed(parser, argv)
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def _named(sites: str | None) -> list[str]:
+    """The sites of ``--sites``; none where it is not given. ``UnfedError``: a name is empty, or there twice."""
+    names = [] if sites is None else [name.strip() for name in sites.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UnfedError(f"--sites={sites}: must be names of sites with commas between them, each once")
+    return names
+
+
+def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
-        given, rest = parser.parse_known_args(list(argv))
+        return parser.parse_known_args(list(argv))
     except argparse.ArgumentError as e:
         raise UnfedError(f"{parser.prog}: {e}") from e
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    given, rest = _known(parser, argv)
     if rest:
         known = [o for action in parser._actions for o in action.option_strings]  # noqa: SLF001 - it has no other list
         near = nearest(rest[0], known) if rest[0].startswith("-") else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -15,6 +17,8 @@ from unfed.base.params import STRICT
 SITE_FILE = "unfed.yml"
 """In the folder ``local`` of a party's startup kit."""
 Task = Literal["finetune", "unlearn", "measure"]
+SMALLEST_PAYLOAD = 0.01
+"""MB: of a message that says anything."""
 TASKS: tuple[Task, ...] = ("finetune", "unlearn", "measure")
 
 
@@ -64,23 +68,34 @@ def read_site_file(path: Path, kind: type[File]) -> File:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError([f"{path}: {e.strerror or e}; unfed network provision writes one to be filled in"]) from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(e).split())}"]) from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # no UTF-8, a number of thousands of digits, too deep
+        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(e).split())[:300]}"]) from e
     if not isinstance(raw, dict):
         raise ConfigError([f"{path}: holds no settings"])
     try:
         found = TypeAdapter(kind).validate_python(raw)
     except ValidationError as e:
         raise ConfigError([_words(path, kind, error["loc"], error["msg"]) for error in e.errors()]) from e
+    if isinstance(found, SiteFile) and (problems := list(_limits(found))):
+        raise ConfigError([f"{path}: {p}" for p in problems])
     if isinstance(found, SiteFile) and found.state is None:
         found = replace(found, state="state")
     paths = {k: str(path.parent.parent / value) for k in PATHS if (value := getattr(found, k, None)) is not None}
     return replace(found, **paths)
 
 
+def _limits(file: SiteFile) -> Iterator[str]:
+    if not SMALLEST_PAYLOAD <= file.largest_payload < math.inf:
+        yield f"largest_payload={file.largest_payload:g}: must be at least {SMALLEST_PAYLOAD:g} MB, and finite"
+    if file.smallest_share < 1:
+        yield f"smallest_share={file.smallest_share}: must be at least 1"
+    if not file.datasets or not file.tasks:
+        yield "datasets and tasks: name one each at least, or no job can do anything here"
+
+
 def _words(path: Path, kind: type[Any], loc: tuple[Any, ...], said: str) -> str:
     key = str(loc[0]) if loc else "?"
-    known = kind.__dataclass_fields__
+    known = [f.name for f in fields(kind)]
     if key not in known:
         return f"{path}: {key}: no such setting{nearest(key, known)}"
     return f"{path}: {key}: {said.removeprefix('Input should be ')}"
