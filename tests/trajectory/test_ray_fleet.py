@@ -395,3 +395,18 @@ def test_what_has_no_clients_is_refused(small_run, tmp_path):
         )
         == []
     )
+
+
+def test_no_more_workers_are_made_room_for_than_have_something_to_do(monkeypatch):
+    """Ray starts a process for each CPU that it is told of, before one is asked for."""
+    pytest.importorskip("ray")
+    from unfed.federated import ray
+
+    told = {}
+    monkeypatch.setattr(ray.ray, "init", lambda **given: told.update(given))
+    monkeypatch.setattr(ray, "_gpus_here", lambda: 0)
+    place = ray.Place(workers=1000, most=3)
+    ray._begin(place, "nowhere")
+    assert told["num_cpus"] == 3 and place.sized(0.0, told["num_cpus"]) == (3, 0.0)
+    with pytest.raises(UnfedError, match="engine.workers=1000: the cluster has 2 CPUs"):
+        place.sized(0.0, 2.0)
