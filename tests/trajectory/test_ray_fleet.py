@@ -410,3 +410,19 @@ def test_no_more_workers_are_made_room_for_than_have_something_to_do(monkeypatch
     assert told["num_cpus"] == 3 and place.sized(0.0, told["num_cpus"]) == (3, 0.0)
     with pytest.raises(UnfedError, match="engine.workers=1000: the cluster has 2 CPUs"):
         place.sized(0.0, 2.0)
+
+
+def test_a_cluster_that_asks_for_a_token_is_named(monkeypatch):
+    """Ray's error of it is neither a ConnectionError nor a RuntimeError."""
+    pytest.importorskip("ray")
+    from ray.exceptions import AuthenticationError
+
+    from unfed.federated import ray
+
+    def refuse(**_given):
+        raise AuthenticationError("no authentication token was found")
+
+    monkeypatch.setattr(ray.ray, "init", refuse)
+    monkeypatch.setattr(ray, "_knock", lambda _address: None)
+    with pytest.raises(UnfedError, match=r"engine.address=head:1: no Ray cluster .* no authentication token was found"):
+        ray._begin(ray.Place(address="head:1"), "nowhere")

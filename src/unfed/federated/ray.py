@@ -138,7 +138,7 @@ def _begin(place: Place, own: str) -> None:
             _temp_dir=own,
             **quiet,
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as e:
+    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as e:  # RayError: it asks for a token
         why = " ".join(str(e).split())[:300]
         if place.address is None:
             raise UnfedError(f"engine=ray: Ray cannot be started here: {why}") from e
