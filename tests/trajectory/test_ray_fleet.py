@@ -408,7 +408,7 @@ def test_no_more_workers_are_made_room_for_than_have_something_to_do(monkeypatch
     place = ray.Place(workers=1000, most=3)
     ray._begin(place, "nowhere")
     assert told["num_cpus"] == 3 and place.sized(0.0, told["num_cpus"]) == (3, 0.0)
-    with pytest.raises(UnfedError, match="engine.workers=1000: the cluster has 2 CPUs"):
+    with pytest.raises(UnfedError, match=r"engine\.workers=1000: the cluster has 2 CPUs"):
         place.sized(0.0, 2.0)
 
 
