@@ -39,7 +39,8 @@ def base(small_base) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(network, base):
     """The weights after so many rounds on three sites, in one place."""
-    network.submit(base, "task_name=dealt", "forget_split=forget01", "trainer.method_args.global_rounds=1")
+    given = (base, "task_name=dealt", "forget_split=forget01", "trainer.method_args.global_rounds=1")
+    network.submit(*given, "--sites", ",".join(SITES))
     manifest = "partition.manifest=saves/finetune/dealt/partition.json"
 
     def weights(rounds: int) -> str:
@@ -58,7 +59,7 @@ class Job:
     def __init__(self, network: Network, base: str, name: str, rounds: int, *given: str) -> None:
         self.network, self.place = network, network.place / "saves" / "finetune" / name
         self.given = (base, f"task_name={name}", "forget_split=forget01", f"trainer.method_args.global_rounds={rounds}")
-        self.options = given
+        self.options = given = given if "--sites" in given else ("--sites", ",".join(SITES), *given)
         self.told = network.place / f"{name}.txt"
         command = [sys.executable, "-m", "unfed.cli.main", "network", "submit", "--kit", str(network.admin)]
         with self.told.open("w") as file:

@@ -20,7 +20,7 @@ from nvflare.fuel.utils import buffer_list  # pyright: ignore[reportMissingImpor
 
 from unfed.base.errors import ClientError
 from unfed.federated.child import Child, Desk
-from unfed.federated.messages import Message, MessageError
+from unfed.federated.messages import LARGEST, Message, MessageError
 from unfed.federated.remote import Patience, State
 
 SERVER = "server"
@@ -83,7 +83,9 @@ class CollabLink:
                 del piece[:PIECE]
                 first = False
                 _give_back()
-        return self._call(client_id, self._patience.transfer(len(piece)), "begin", data=bytes(piece), first=first)
+        given = {"data": bytes(piece), "first": first}
+        arrived = self._call(client_id, self._patience.transfer(len(piece)), "begin", **given)
+        return lambda: _whole(arrived(), -1)
 
     def state(self, client_id: str, ticket: int, wait: float) -> State:
         """See the protocol."""
@@ -91,7 +93,7 @@ class CollabLink:
         if not isinstance(found, list | tuple) or len(found) != 3:
             raise MessageError("the site's answer is no state")
         kind, reason, nbytes = found
-        return State(str(kind), str(reason)[:1000], int(nbytes))
+        return State(str(kind), str(reason)[:1000], _whole(nbytes, 0))
 
     def answer(self, client_id: str, ticket: int, nbytes: int) -> BinaryIO:
         """See the protocol. Pieces are fetched as they are read."""
@@ -101,7 +103,7 @@ class CollabLink:
                 _give_back()
             most = min(PIECE, nbytes - offset)
             found = self._call(client_id, self._patience.transfer(most), "answer", ticket=ticket, offset=offset)()
-            if not isinstance(found, bytes) or not 0 < len(found) <= most:
+            if not isinstance(found, bytes) or len(found) != most:
                 raise MessageError("the site's answer is no message")
             return found
 
@@ -149,6 +151,13 @@ class _Pieces(io.RawIOBase):
         buffer[:count] = self._piece[:count]
         self._piece = self._piece[count:]
         return count
+
+
+def _whole(value: Any, least: int) -> int:
+    """A number that a site tells."""
+    if type(value) is not int or not least <= value <= LARGEST:
+        raise MessageError("the site's answer is no number that it could be")
+    return value
 
 
 def _late(cause: Any) -> bool:
@@ -220,7 +229,8 @@ class SiteDesk:
     @collab.publish
     def answer(self, ticket: int, offset: int) -> bytes:
         """A piece of the answer, from ``offset`` on."""
-        return self._checked().answer(int(ticket))[int(offset) : int(offset) + PIECE]
+        begin = max(0, int(offset))
+        return self._checked().answer(int(ticket))[begin : begin + PIECE]
 
     def _checked(self) -> Desk:
         if collab.caller != SERVER:
