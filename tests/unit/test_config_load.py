@@ -336,6 +336,11 @@ def test_a_wrapper_goes_around_the_method_by_its_group():
     ("given", "said"),
     [
         (["wrapper=SAN"], "wrapper=SAN: no such wrapper; did you mean 'SAM'"),
+        (["wire=int8", "wire.fraction=0.1"], "wire.fraction: Int8 has no such hyperparameter; wire=topk would"),
+        (
+            ["privacy=example", "privacy.adaptive=true"],
+            "ExamplePrivacy has no such hyperparameter; privacy=central would",
+        ),
         (["wrapper=SAM", "wrapper.roh=1"], "wrapper.roh: SAM has no such hyperparameter; did you mean 'rho'"),
         (["wrapper=GRU", "wrapper.gamma=0"], "wrapper.gamma: must be a number above 0 and at most 1, not 0"),
         (["wrapper.rho=1"], "wrapper: rho given, but no wrapper is chosen; give wrapper=NAME"),

@@ -145,7 +145,7 @@ def privacy_problems(name: str, params: Mapping[str, Any]) -> list[str]:
     """Everything wrong with a kind of privacy and its settings (empty: it can be built)."""
     if name not in PRIVACY:
         return [f"unknown kind of privacy {name!r}{nearest(name, PRIVACY)}"]
-    return hyper.problems(PRIVACY[name], params, "privacy")
+    return hyper.problems(PRIVACY[name], params, "privacy", PRIVACY)
 
 
 def build_privacy(name: str, params: Mapping[str, Any]) -> Privacy:

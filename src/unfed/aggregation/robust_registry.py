@@ -28,7 +28,7 @@ def robust_problems(name: str, params: Mapping[str, Any]) -> list[str]:
         ]
     if name not in ROBUST_RULES:
         return [f"unknown robust rule {name!r}{nearest(name, ROBUST_RULES)}"]
-    return hyper.problems(ROBUST_RULES[name], params, "robust")
+    return hyper.problems(ROBUST_RULES[name], params, "robust", ROBUST_RULES)
 
 
 def robust_complaint(name: str, params: Mapping[str, Any], count: int) -> str | None:

@@ -171,13 +171,15 @@ def hyperparameters(cls: type) -> dict[str, Any]:
     return {f.name: f.default for f in fields(cls) if _KEY in f.metadata and f.default is not MISSING}
 
 
-def problems(cls: type, params: Mapping[str, Any], prefix: str) -> list[str]:
-    """Everything wrong with ``params`` as hyperparameters of ``cls``; keys are reported as ``prefix.key``."""
+def problems(cls: type, params: Mapping[str, Any], prefix: str, family: Mapping[str, type] | None = None) -> list[str]:
+    """Everything wrong with ``params`` as hyperparameters of ``cls``; keys are reported as ``prefix.key``.
+    ``family``: what could have been chosen as ``prefix=name``, for whoever has chosen another one."""
     rules = {f.name: f.metadata[_KEY] for f in fields(cls) if _KEY in f.metadata}
     found = []
     for key, value in params.items():
         if key not in rules:
-            hint = nearest(key, rules) or "; it has none"
+            owners = [f"{prefix}={name}" for name, other in (family or {}).items() if key in hyperparameters(other)]
+            hint = f"; {', '.join(owners[:3])} would" if owners else nearest(key, rules) or "; it has none"
             found.append(f"{prefix}.{key}: {cls.__name__} has no such hyperparameter{hint}")
         elif (complaint := rules[key].complaint(value)) is not None:
             found.append(f"{prefix}.{key}: {complaint}")

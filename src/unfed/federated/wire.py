@@ -264,7 +264,7 @@ def wire_problems(name: str, params: Mapping[str, Any]) -> list[str]:
     """Everything wrong with a format's name and hyperparameters."""
     if name not in WIRES:
         return [f"unknown wire format {name!r}{nearest(name, WIRES)}"]
-    return hyper.problems(WIRES[name], params, "wire")
+    return hyper.problems(WIRES[name], params, "wire", WIRES)
 
 
 def build_wire(name: str, params: Mapping[str, Any]) -> Wire:
