@@ -108,7 +108,8 @@ def test_unlearning_gives_the_adapter_of_a_run_in_one_place_bit_for_bit(
             assert named <= own[site]
 
 
-def test_retraining_without_the_rows_works_over_a_network(over_the_network, small_run, fleet, tmp_path):
+def test_retraining_without_the_rows_works_over_a_network(over_the_network, small_run, fleet, capsys, tmp_path):
+    """The rows are counted as the request names them, not as the sites' own splits do."""
     directory, _, _ = over_the_network
     args = {"pretrained_model_name_or_path": str(directory)}
     forget = ForgetConfig(clients=("west",))
@@ -119,6 +120,8 @@ def test_retraining_without_the_rows_works_over_a_network(over_the_network, smal
     here = run(in_one_place(config, directory / "partition.json", tmp_path / "here"))
     assert weights(result.directory).digest() == weights(here.directory).digest()
     assert {c for r in result.records for c in r.clients} == {"north", "south"}
+    said = capsys.readouterr().err
+    assert "north: 6 retain rows\n" in said and "south: 6 retain rows\n" in said and "west: 6 forget rows\n" in said
 
 
 def test_a_run_that_was_cut_short_goes_on_from_its_last_round(over_the_network, fleet, tmp_path):

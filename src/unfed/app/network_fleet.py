@@ -104,7 +104,9 @@ class NetworkFleet(Fleet):
             retain=self._stubs("retain", gone | forget) if config.mode == "unlearn" else (),
         )
         for site, own in self._rows.items():
-            say(f"{site}: " + ", ".join(f"{len(ids)} {split} rows" for split, ids in own.items() if ids))
+            there = {i for ids in own.values() for i in ids}
+            counts = {split: len(there & {e["id"] for e in getattr(rows, split)}) for split in _SPLITS}
+            say(f"{site}: " + (", ".join(f"{n} {split} rows" for split, n in counts.items() if n) or "no rows of it"))
         if config.mode == "unlearn" and build.find_manifest(config) is not None:
             return rows, *build.settle_partition(config, rows)
         split = "train" if config.mode == "finetune" else "retain"
