@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-
 from unfed.base.errors import ConfigError, nearest
 from unfed.base.params import STRICT
+from unfed.config.site import read_settings
 
 LONGEST_DAYS = 360
 """Of a party's certificate, whatever the authority's: NVFlare's own limit."""
@@ -52,28 +50,10 @@ class Project:
 
 def read_project(path: Path) -> Project:
     """``ConfigError`` with every problem."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError([f"{path}: {e.strerror or e}"]) from e
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # no UTF-8, a number of thousands of digits, too deep
-        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(e).split())[:300]}"]) from e
-    if not isinstance(raw, dict):
-        raise ConfigError([f"{path}: holds no settings"])
-    try:
-        project = TypeAdapter(Project).validate_python(raw)
-    except ValidationError as e:
-        raise ConfigError([_words(path, f["loc"], f["msg"]) for f in e.errors()]) from e
+    project = read_settings(path, Project)
     if problems := [f"{path}: {p}" for p in (*_names(project), *_limits(project))]:
         raise ConfigError(problems)
     return project
-
-
-def _words(path: Path, loc: tuple[Any, ...], said: str) -> str:
-    key, known = ".".join(map(str, loc)), [f.name for f in fields(Project)]
-    if loc and loc[0] not in known:
-        return f"{path}: {key}: no such setting{nearest(key, known)}"
-    return f"{path}: {key}: {said}"
 
 
 def _names(project: Project) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -59,23 +59,32 @@ class ServerFile:
 
 
 PATHS = ("data_dir", "base_model", "state", "outputs")
+Settings = TypeVar("Settings")
 File = TypeVar("File", SiteFile, ServerFile)
 
 
-def read_site_file(path: Path, kind: type[File]) -> File:
-    """A party's own file; paths in it are relative to the folder of its kit. ``ConfigError`` with every problem."""
+def read_settings(path: Path, kind: type[Settings], advice: str = "") -> Settings:
+    """A YAML file of a dataclass's settings; ``advice``: for whoever has no such file. ``ConfigError`` with every
+    problem."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise ConfigError([f"{path}: {e.strerror or e}; unfed network provision writes one to be filled in"]) from e
+        raise ConfigError([f"{path}: {e.strerror or e}{advice}"]) from e
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # no UTF-8, a number of thousands of digits, too deep
         raise ConfigError([f"{path} is not valid YAML: {' '.join(str(e).split())[:300]}"]) from e
     if not isinstance(raw, dict):
         raise ConfigError([f"{path}: holds no settings"])
     try:
-        found = TypeAdapter(kind).validate_python(raw)
+        return TypeAdapter(kind).validate_python(raw)
     except ValidationError as e:
-        raise ConfigError([_words(path, kind, error["loc"], error["msg"]) for error in e.errors()]) from e
+        shape: Any = kind
+        known = [f.name for f in fields(shape)]
+        raise ConfigError([_words(path, known, error["loc"], error["msg"]) for error in e.errors()]) from e
+
+
+def read_site_file(path: Path, kind: type[File]) -> File:
+    """A party's own file; paths in it are relative to the folder of its kit. ``ConfigError`` with every problem."""
+    found = read_settings(path, kind, "; unfed network provision writes one to be filled in")
     if isinstance(found, SiteFile) and (problems := list(_limits(found))):
         raise ConfigError([f"{path}: {p}" for p in problems])
     if isinstance(found, SiteFile) and found.state is None:
@@ -93,10 +102,9 @@ def _limits(file: SiteFile) -> Iterator[str]:
         yield "datasets and tasks: name one each at least, or no job can do anything here"
 
 
-def _words(path: Path, kind: type[Any], loc: tuple[Any, ...], said: str) -> str:
-    key = str(loc[0]) if loc else "?"
-    known = [f.name for f in fields(kind)]
-    if key not in known:
+def _words(path: Path, known: Sequence[str], loc: Sequence[Any], said: str) -> str:
+    key = ".".join(map(str, loc)) or "?"
+    if not loc or loc[0] not in known:
         return f"{path}: {key}: no such setting{nearest(key, known)}"
     return f"{path}: {key}: {said.removeprefix('Input should be ')}"
 
