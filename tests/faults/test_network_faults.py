@@ -258,6 +258,16 @@ def test_a_site_that_is_killed_is_named_in_every_round_from_then_on_and_takes_pa
     assert failures(again) == {} and again.record["rounds"][-1]["clients"] == list(BEHIND)
 
 
+def test_a_sites_part_in_the_job_that_is_killed_ends_the_job_and_the_run_is_resumed(network, base, undisturbed):
+    """Not the site, and not its training process: the process between them, which is NVFlare's."""
+    job = Job(network, base, "part", 60)
+    (pid,) = processes("worker_process", str(network.kits / "site-2"))
+    os.kill(pid, signal.SIGKILL)
+    assert job.ended() == 1
+    assert 2 <= rounds_done(job.place) < 60
+    is_whole_when_resumed(job, network, undisturbed)
+
+
 def test_a_server_that_is_killed_is_started_again_and_the_run_resumed(network, base, undisturbed):
     job = Job(network, base, "dead", 60)
     for pid in [network.running[0].pid, *processes("runner_process", job.number)]:  # all at once: the machine is gone
@@ -294,6 +304,11 @@ def goes_on(job: Job, network: Network, undisturbed) -> None:
         return False
 
     until(there, 300, "the sites")
+    is_whole_when_resumed(job, network, undisturbed)
+
+
+def is_whole_when_resumed(job: Job, network: Network, undisturbed) -> None:
+    """It ends as it would have without the fault."""
     assert "resuming after round" in job.resume()
     assert len(job.record["rounds"]) == 60 and job.record["status"] == "finished"
     assert network.weights(f"finetune/{job.place.name}") == undisturbed(60)
