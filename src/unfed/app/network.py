@@ -135,14 +135,10 @@ def _close(kit: Path) -> None:
     resources["allow_log_streaming"] = False
     resources["components"] = [c for c in resources["components"] if c["id"] not in NO_LOGS]
     for component in resources["components"]:
-        if component["id"] == "job_manager":
-            component["args"]["uri_root"] = str(kit.resolve() / "jobs")
         if component["id"] == "job_scheduler":
             component["args"]["max_jobs"] = 1
-    if "snapshot_persistor" in resources:
-        storage = resources["snapshot_persistor"]["args"]["storage"]["args"]
-        storage["root_dir"] = str(kit.resolve() / "snapshots")
     write_json(local / "resources.json", resources)
+    _here(kit.resolve())
     write_json(local / "authorization.json", RIGHTS)
     template = SERVER_TEMPLATE if role == "server" else SITE_TEMPLATE
     (local / SITE_FILE).write_text(template, encoding="utf-8")

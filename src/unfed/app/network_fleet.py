@@ -103,9 +103,10 @@ class NetworkFleet(Fleet):
             forget=self._everywhere(forget) if config.mode == "unlearn" else self._stubs("forget", gone),
             retain=self._stubs("retain", gone | forget) if config.mode == "unlearn" else (),
         )
+        named = {split: {e["id"] for e in getattr(rows, split)} for split in _SPLITS}
         for site, own in self._rows.items():
             there = {i for ids in own.values() for i in ids}
-            counts = {split: len(there & {e["id"] for e in getattr(rows, split)}) for split in _SPLITS}
+            counts = {split: len(there & ids) for split, ids in named.items()}
             say(f"{site}: " + (", ".join(f"{n} {split} rows" for split, n in counts.items() if n) or "no rows of it"))
         if config.mode == "unlearn" and build.find_manifest(config) is not None:
             return rows, *build.settle_partition(config, rows)
